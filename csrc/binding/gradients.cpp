@@ -1,0 +1,118 @@
+#include "binding/gradients.h"
+
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <algorithm>
+#include <optional>
+
+namespace gradclip::binding {
+namespace {
+
+// These keys wrap an operation (record it, cast its inputs) or are undone by taking magnitudes
+// (conjugate, negative); the memory beneath is that of a plain tensor.
+const c10::DispatchKeySet kTransparentKeys =
+    c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate,
+                         c10::DispatchKey::Negative});
+
+std::optional<DType> native_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+Span span_of(const at::Tensor& tensor, void* data) {
+  const int64_t reals_per_element = c10::isComplexType(tensor.scalar_type()) ? 2 : 1;
+  return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
+}
+
+}  // namespace
+
+bool is_native(const at::Tensor& tensor) {
+  return tensor.key_set() - kTransparentKeys == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
+         native_dtype(tensor.scalar_type()) &&
+         // Torch refuses to write to these outside of inference mode, and so must we.
+         (!tensor.is_inference() || c10::InferenceMode::is_enabled());
+}
+
+bool is_flat(const at::Tensor& tensor) {
+  return tensor.numel() == 0 || (tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense() &&
+                                 tensor.const_data_ptr() != nullptr);
+}
+
+bool operations_are_unobserved() {
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return !c10::impl::dispatch_mode_enabled() &&
+         !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !included.has(c10::DispatchKey::Tracer);
+}
+
+void Gradients::reserve(size_t count) {
+  tensors_.reserve(count);
+  spans_.reserve(count);
+}
+
+bool Gradients::add(const at::Tensor& tensor) {
+  if (!is_native(tensor) || !is_flat(tensor)) return false;
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (!accept_complex_ && c10::isComplexType(dtype)) return false;
+  const at::ScalarType real_dtype = c10::toRealValueType(dtype);
+  if (tensors_.empty()) {
+    norm_dtype_ = real_dtype;
+  } else if (real_dtype != norm_dtype_) {
+    norm_dtype_ = c10::promoteTypes(norm_dtype_, real_dtype);
+  }
+  tensors_.push_back(tensor);
+  // Nothing writes through a span made here: index_for_writing makes its own.
+  spans_.push_back(span_of(tensor, const_cast<void*>(tensor.const_data_ptr())));
+  return true;
+}
+
+FlatIndex Gradients::index_for_writing() const {
+  std::vector<Span> spans;
+  spans.reserve(tensors_.size());
+  for (const at::Tensor& tensor : tensors_) {
+    spans.push_back(span_of(tensor, tensor.mutable_data_ptr()));
+  }
+  return FlatIndex(std::move(spans));
+}
+
+void Gradients::bump_versions() const {
+  for (const at::Tensor& tensor : tensors_) {
+    // Inference tensors have no version.
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+bool share_memory(const FlatIndex& index) {
+  struct Extent {
+    const char* begin;
+    const char* end;
+  };
+  std::vector<Extent> extents;
+  extents.reserve(index.spans().size());
+  for (const Span& span : index.spans()) {
+    const char* begin = static_cast<const char*>(span.data);
+    extents.push_back({begin, begin + span.numel * element_size(span.dtype)});
+  }
+  const auto by_begin = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
+  std::sort(extents.begin(), extents.end(), by_begin);
+  const auto overlap = [](const Extent& a, const Extent& b) { return b.begin < a.end; };
+  return std::adjacent_find(extents.begin(), extents.end(), overlap) != extents.end();
+}
+
+}  // namespace gradclip::binding

@@ -1,0 +1,61 @@
+// A list of gradients that the native engines can work on: the tensors, held alive, and the flat
+// memory behind them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <vector>
+
+#include "core/flat_index.h"
+
+namespace gradclip::binding {
+
+// Whether the tensor's memory may be read and written behind the dispatcher's back: its dispatch
+// keys say plain CPU once those that do not change what is stored are masked, and its dtype is one
+// the kernels know. FakeTensor, meta, wrapper subclasses, functorch, nested, quantized and MKL-DNN
+// tensors also look strided, but have other keys.
+bool is_native(const at::Tensor& tensor);
+
+// Whether its elements fill one block of memory, in whatever order of dimensions.
+bool is_flat(const at::Tensor& tensor);
+
+// Whether nothing is active on this thread that expects to see every torch operation: a dispatch
+// mode, a functorch transform or a jit trace. (Function modes are Python's; see python_tensors.h.)
+bool operations_are_unobserved();
+
+class Gradients {
+ public:
+  // Complex numbers are pairs of reals for the L2 norm and for scaling, and for nothing else.
+  explicit Gradients(bool accept_complex) : accept_complex_(accept_complex) {}
+
+  void reserve(size_t count);
+
+  // False, with nothing added, when the tensor has to take the way through torch's operations.
+  bool add(const at::Tensor& tensor);
+
+  const std::vector<at::Tensor>& tensors() const { return tensors_; }
+
+  // The dtype torch gives the norm of these gradients.
+  at::ScalarType norm_dtype() const { return norm_dtype_; }
+
+  // For measuring; leaves copy-on-write tensors shared.
+  FlatIndex index_for_reading() const { return FlatIndex(spans_); }
+
+  // For writing; gives copy-on-write tensors memory of their own.
+  FlatIndex index_for_writing() const;
+
+  // As every in-place operation does, so that autograd notices the change.
+  void bump_versions() const;
+
+ private:
+  bool accept_complex_;
+  std::vector<at::Tensor> tensors_;
+  std::vector<Span> spans_;
+  at::ScalarType norm_dtype_ = at::ScalarType::Undefined;
+};
+
+// Whether any two spans share memory: a gradient that is listed twice, or views of one storage.
+bool share_memory(const FlatIndex& index);
+
+}  // namespace gradclip::binding

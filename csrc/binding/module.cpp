@@ -1,0 +1,145 @@
+// The functions that Python calls, and their table. The first four return None (or False) instead
+// of a result to say "not for the native way; nothing was changed", and gradclip_ext/_general.py
+// takes over.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "binding/gradients.h"
+#include "binding/operations.h"
+#include "binding/python_tensors.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace gradclip::binding {
+namespace {
+
+std::optional<Norm> native_norm(double norm_type) {
+  if (norm_type == 2.0) return Norm::kL2;
+  if (norm_type == 1.0) return Norm::kL1;
+  if (norm_type == INFINITY) return Norm::kInf;
+  return std::nullopt;
+}
+
+bool observed() { return !operations_are_unobserved() || !function_modes_allow_native(); }
+
+bool gather_native(py::handle sequence, Read read, Gradients* gradients) {
+  return !observed() && gather(sequence.ptr(), read, gradients) && !gradients->tensors().empty();
+}
+
+py::object wrap_or_none(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) return py::none();
+  return py::reinterpret_steal<py::object>(wrap(*tensor));
+}
+
+py::object py_clip_grad_norm_(py::handle parameters, double max_norm, double norm_type,
+                              bool error_if_nonfinite, py::handle dtype) {
+  const std::optional<Norm> norm = native_norm(norm_type);
+  Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
+  if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
+  std::optional<at::Tensor> total_norm;
+  {
+    py::gil_scoped_release release;
+    total_norm = clip_grad_norm_(gradients, max_norm, *norm, error_if_nonfinite, result_dtype);
+  }
+  return wrap_or_none(total_norm);
+}
+
+py::object py_get_total_norm(py::handle tensors, double norm_type, bool error_if_nonfinite,
+                             py::handle dtype) {
+  const std::optional<Norm> norm = native_norm(norm_type);
+  Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
+  if (!norm || !gather_native(tensors, Read::kTensors, &gradients)) return py::none();
+  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
+  std::optional<at::Tensor> total_norm;
+  {
+    py::gil_scoped_release release;
+    total_norm = get_total_norm(gradients, *norm, error_if_nonfinite, result_dtype);
+  }
+  return wrap_or_none(total_norm);
+}
+
+bool py_clip_grads_with_norm_(py::handle parameters, double max_norm, double total_norm) {
+  Gradients gradients(/*accept_complex=*/true);
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  py::gil_scoped_release release;
+  clip_grads_with_norm_(gradients, max_norm, total_norm);
+  return true;
+}
+
+bool py_clip_grad_value_(py::handle parameters, double clip_value) {
+  Gradients gradients(/*accept_complex=*/false);
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  py::gil_scoped_release release;
+  clip_grad_value_(gradients, clip_value);
+  return true;
+}
+
+// The primitives ask for native, flat tensors; the general way sorts them out beforehand.
+Gradients require_native(py::handle tensors) {
+  Gradients gradients(/*accept_complex=*/true);
+  if (!gather(tensors.ptr(), Read::kTensors, &gradients)) {
+    throw py::value_error("expected a list of native, flat tensors");
+  }
+  return gradients;
+}
+
+py::object py_power_sum(py::handle tensors, double norm_type) {
+  const std::optional<Norm> norm = native_norm(norm_type);
+  if (!norm) throw py::value_error("norm_type has to be 1, 2 or inf");
+  const Gradients gradients = require_native(tensors);
+  at::Tensor sum;
+  {
+    py::gil_scoped_release release;
+    sum = scalar_tensor(power_sum(gradients, *norm), at::kDouble);
+  }
+  return wrap_or_none(sum);
+}
+
+void py_scale_(py::handle tensors, double coefficient) {
+  const Gradients gradients = require_native(tensors);
+  py::gil_scoped_release release;
+  scale_(gradients, coefficient);
+}
+
+void py_clamp_(py::handle tensors, double bound) {
+  const Gradients gradients = require_native(tensors);
+  py::gil_scoped_release release;
+  clamp_(gradients, bound);
+}
+
+bool py_is_native(py::handle tensor) { return is_native(unpack(tensor.ptr())); }
+
+bool py_is_flat(py::handle tensor) { return is_flat(unpack(tensor.ptr())); }
+
+std::string py_instruction_set() { return cpu::kernels().instruction_set; }
+
+void py_set_device_mode_type(py::handle type) { set_device_mode_type(type.ptr()); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using py::arg;
+  m.doc() = "Native engine of gradclip_ext; see gradclip_ext.functional for the public functions.";
+  m.def("clip_grad_norm_", &py_clip_grad_norm_, arg("parameters"), arg("max_norm"),
+        arg("norm_type"), arg("error_if_nonfinite"), arg("dtype"));
+  m.def("get_total_norm", &py_get_total_norm, arg("tensors"), arg("norm_type"),
+        arg("error_if_nonfinite"), arg("dtype"));
+  m.def("clip_grads_with_norm_", &py_clip_grads_with_norm_, arg("parameters"), arg("max_norm"),
+        arg("total_norm"));
+  m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
+  m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));
+  m.def("scale_", &py_scale_, arg("tensors"), arg("coefficient"));
+  m.def("clamp_", &py_clamp_, arg("tensors"), arg("bound"));
+  m.def("is_native", &py_is_native, arg("tensor"));
+  m.def("is_flat", &py_is_flat, arg("tensor"));
+  m.def("observed", &observed);
+  m.def("instruction_set", &py_instruction_set);
+  m.def("set_device_mode_type", &py_set_device_mode_type, arg("type"));
+}
+
+}  // namespace gradclip::binding

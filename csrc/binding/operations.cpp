@@ -1,0 +1,130 @@
+#include "binding/operations.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace gradclip::binding {
+namespace {
+
+// Below this a second thread costs more to wake than it saves.
+constexpr int64_t kSerialBytes = 128 * 1024;
+
+// Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
+// Each thread gets one contiguous share, and the same share for the same index every time.
+template <class Work>
+void for_all_workers(const FlatIndex& index, bool serial, const Work& work) {
+  const int64_t workers = cpu::worker_count(index);
+  if (workers == 0) return;
+  if (serial || index.bytes() < kSerialBytes) {
+    work(Range{0, workers});
+    return;
+  }
+  at::parallel_for(0, workers, /*grain_size=*/1,
+                   [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
+}
+
+// Runs a writing pass. Threads must not meet in memory that two gradients share, so such lists are
+// written one gradient after another, on this thread.
+template <class Work>
+void write(const Gradients& gradients, const Work& work) {
+  const FlatIndex index = gradients.index_for_writing();
+  const bool serial = index.bytes() >= kSerialBytes && share_memory(index);
+  for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
+}
+
+double norm_of(const Gradients& gradients, Norm norm) {
+  return finish(norm, power_sum(gradients, norm));
+}
+
+at::Tensor result(const Gradients& gradients, double norm, std::optional<at::ScalarType> dtype) {
+  return scalar_tensor(norm, dtype.value_or(gradients.norm_dtype()));
+}
+
+}  // namespace
+
+double power_sum(const Gradients& gradients, Norm norm) {
+  const FlatIndex index = gradients.index_for_reading();
+  if (index.tensors() == 0) return 0.0;
+  std::vector<double> slots(
+      static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
+  for_all_workers(index, /*serial=*/false, [&](Range workers) {
+    cpu::power_sums(index, norm, workers, slots.data());
+  });
+  PowerSum total(norm);
+  for (const double partial : slots) total.add(partial);
+  return total.value();
+}
+
+void scale_(const Gradients& gradients, double coefficient) {
+  gradients.bump_versions();
+  // Not >= 1: NaN has to reach the gradients.
+  if (coefficient == 1.0) return;
+  write(gradients, [&](const FlatIndex& index, Range workers) {
+    cpu::scale(index, coefficient, workers);
+  });
+}
+
+void clamp_(const Gradients& gradients, double bound) {
+  gradients.bump_versions();
+  write(gradients,
+        [&](const FlatIndex& index, Range workers) { cpu::clamp(index, bound, workers); });
+}
+
+std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, double max_norm, Norm norm,
+                                          bool error_if_nonfinite,
+                                          std::optional<at::ScalarType> dtype) {
+  RECORD_FUNCTION("gradclip_ext::clip_grad_norm_", {});
+  const double total_norm = norm_of(gradients, norm);
+  if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
+  scale_(gradients, clip_coefficient(max_norm, total_norm));
+  return result(gradients, total_norm, dtype);
+}
+
+std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
+                                         bool error_if_nonfinite,
+                                         std::optional<at::ScalarType> dtype) {
+  RECORD_FUNCTION("gradclip_ext::get_total_norm", {});
+  const double total_norm = norm_of(gradients, norm);
+  if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
+  return result(gradients, total_norm, dtype);
+}
+
+void clip_grads_with_norm_(const Gradients& gradients, double max_norm, double total_norm) {
+  RECORD_FUNCTION("gradclip_ext::clip_grads_with_norm_", {});
+  scale_(gradients, clip_coefficient(max_norm, total_norm));
+}
+
+void clip_grad_value_(const Gradients& gradients, double clip_value) {
+  RECORD_FUNCTION("gradclip_ext::clip_grad_value_", {});
+  clamp_(gradients, clip_value);
+}
+
+at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
+  at::Tensor tensor(at::detail::empty_cpu({}, dtype));
+  void* data = tensor.mutable_data_ptr();
+  switch (dtype) {
+    case at::kDouble:
+      *static_cast<double*>(data) = value;
+      break;
+    case at::kFloat:
+      *static_cast<float*>(data) = static_cast<float>(value);
+      break;
+    case at::kHalf:
+      *static_cast<at::Half*>(data) = static_cast<float>(value);
+      break;
+    case at::kBFloat16:
+      *static_cast<at::BFloat16*>(data) = static_cast<float>(value);
+      break;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no norm has dtype ", dtype);
+  }
+  return tensor;
+}
+
+}  // namespace gradclip::binding

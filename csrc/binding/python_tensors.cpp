@@ -1,0 +1,91 @@
+#include "binding/python_tensors.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace gradclip::binding {
+namespace {
+
+// Held for the life of the process.
+PyObject* device_mode_type = nullptr;
+
+// One reference, released with its scope.
+class Reference {
+ public:
+  explicit Reference(PyObject* object) : object_(object) {}
+  Reference(const Reference&) = delete;
+  Reference& operator=(const Reference&) = delete;
+  ~Reference() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
+// Through Python, for subclasses, which may define `grad` as they like, and for tensors that are
+// not leaves, of which torch warns. The result lives on in the list.
+bool add_grad_attribute(PyObject* parameter, Gradients* gradients) {
+  const Reference grad(PyObject_GetAttrString(parameter, "grad"));
+  if (grad.get() == nullptr) throw pybind11::error_already_set();
+  if (grad.get() == Py_None) return true;
+  return THPVariable_Check(grad.get()) && gradients->add(THPVariable_Unpack(grad.get()));
+}
+
+bool add(PyObject* item, Read read, Gradients* gradients) {
+  if (!THPVariable_CheckExact(item)) {
+    if (!THPVariable_Check(item)) return false;
+    return read == Read::kGrads ? add_grad_attribute(item, gradients)
+                                : gradients->add(THPVariable_Unpack(item));
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(item);
+  if (read == Read::kTensors) return gradients->add(tensor);
+  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+  if (grad.defined()) return gradients->add(grad);
+  return tensor.is_leaf() || add_grad_attribute(item, gradients);
+}
+
+}  // namespace
+
+bool gather(PyObject* sequence, Read read, Gradients* gradients) {
+  const bool is_list = PyList_CheckExact(sequence);
+  if (!is_list && !PyTuple_CheckExact(sequence)) return false;
+  gradients->reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)));
+  // A `grad` property may change the list: the size is read anew and the item held.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence); ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
+    Py_INCREF(item);
+    const Reference held(item);
+    if (!add(item, read, gradients)) return false;
+  }
+  return true;
+}
+
+at::Tensor unpack(PyObject* object) {
+  return THPVariable_Check(object) ? THPVariable_Unpack(object) : at::Tensor();
+}
+
+PyObject* wrap(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
+
+std::optional<at::ScalarType> unpack_dtype(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  TORCH_CHECK(THPDtype_Check(object), "expected a torch.dtype or None");
+  return reinterpret_cast<THPDtype*>(object)->scalar_type;
+}
+
+bool function_modes_allow_native() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
+    PyObject* mode = Modes::get_stack_at(i)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_mode_type) return false;
+  }
+  return true;
+}
+
+void set_device_mode_type(PyObject* type) {
+  Py_INCREF(type);
+  device_mode_type = type;
+}
+
+}  // namespace gradclip::binding

@@ -1,0 +1,37 @@
+// Between Python objects and tensors. The implementation is the only file that includes torch's
+// Python headers, which take longer to compile than everything else together.
+#pragma once
+
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <optional>
+
+#include "binding/gradients.h"
+
+namespace gradclip::binding {
+
+enum class Read { kTensors, kGrads };
+
+// Collects the tensors of an exact list or tuple, or their .grad where there is one. False means
+// that this list is for the general way, which also words every error; nothing was changed.
+// Throws only what reading a subclass's own `grad` attribute throws.
+bool gather(PyObject* sequence, Read read, Gradients* gradients);
+
+// The tensor inside a torch.Tensor of any type, undefined for other objects.
+at::Tensor unpack(PyObject* object);
+
+// A new reference.
+PyObject* wrap(const at::Tensor& tensor);
+
+// None gives nullopt. The caller has checked that it is otherwise a torch.dtype.
+std::optional<at::ScalarType> unpack_dtype(PyObject* object);
+
+// Whether no torch function mode is active, other than those of the one type that only fills in a
+// default device (what torch.set_default_device pushes).
+bool function_modes_allow_native();
+void set_device_mode_type(PyObject* type);
+
+}  // namespace gradclip::binding

@@ -1,0 +1,127 @@
+// The flat index space: all gradients laid end to end and cut into tiles of a fixed number of bytes.
+// Workers (CPU tasks, CUDA blocks) own contiguous ranges of tiles, whatever tensors they belong to,
+// so the load is balanced for any mixture of shapes and dtypes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "core/host_device.h"
+#include "core/span.h"
+
+namespace gradclip {
+
+// Bytes rather than elements: with elements, a worker that owns float64 tiles would move four times
+// the memory of one that owns float16 tiles.
+inline constexpr int64_t kTileBytes = 16 * 1024;
+
+GRADCLIP_HOST_DEVICE constexpr int64_t tile_elements(DType dtype) {
+  return kTileBytes / element_size(dtype);
+}
+
+GRADCLIP_HOST_DEVICE constexpr int64_t tile_count(const Span& span) {
+  return (span.numel + tile_elements(span.dtype) - 1) / tile_elements(span.dtype);
+}
+
+// Half-open.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// No worker is empty as long as there are at least as many tiles as workers.
+GRADCLIP_HOST_DEVICE constexpr Range tiles_of_worker(int64_t worker, int64_t workers,
+                                                     int64_t tiles) {
+  return {worker * tiles / workers, (worker + 1) * tiles / workers};
+}
+
+// A worker writes one partial per tensor it touches. Moving to the next tensor and moving to the
+// next worker both advance the slot by one, so every (tensor, worker) pair that meets has a slot of
+// its own, and walking the slots in order is walking the flat space in order.
+GRADCLIP_HOST_DEVICE constexpr int64_t slot_of(int64_t tensor, int64_t worker) {
+  return tensor + worker;
+}
+
+GRADCLIP_HOST_DEVICE constexpr int64_t slot_count(int64_t tensors, int64_t workers) {
+  return tensors + workers - 1;
+}
+
+// The tensor that holds `tile`; `first_tile` holds the first tile of each tensor, ascending.
+template <class Integer>
+GRADCLIP_HOST_DEVICE constexpr int64_t find_tensor(const Integer* first_tile, int64_t tensors,
+                                                   int64_t tile) {
+  int64_t low = 0;
+  int64_t high = tensors;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (static_cast<int64_t>(first_tile[middle]) <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
+// The host's copy of the table. Holds no empty span: they contribute nothing, and without them
+// every tensor owns at least one tile, which the slot numbering relies on.
+class FlatIndex {
+ public:
+  explicit FlatIndex(std::vector<Span> spans) : spans_(std::move(spans)) {
+    spans_.erase(std::remove_if(spans_.begin(), spans_.end(),
+                                [](const Span& span) { return span.numel == 0; }),
+                 spans_.end());
+    first_tile_.reserve(spans_.size());
+    for (const Span& span : spans_) {
+      first_tile_.push_back(tiles_);
+      tiles_ += tile_count(span);
+      bytes_ += span.numel * element_size(span.dtype);
+    }
+  }
+
+  const std::vector<Span>& spans() const { return spans_; }
+  int64_t tensors() const { return static_cast<int64_t>(spans_.size()); }
+  int64_t tiles() const { return tiles_; }
+  int64_t bytes() const { return bytes_; }
+
+  int64_t first_tile(int64_t tensor) const { return first_tile_[static_cast<size_t>(tensor)]; }
+  int64_t tensor_of(int64_t tile) const {
+    return find_tensor(first_tile_.data(), tensors(), tile);
+  }
+
+  // The part of `tensor` that lies in `tile`.
+  Span part(int64_t tensor, int64_t tile) const {
+    const Span& span = spans_[static_cast<size_t>(tensor)];
+    const int64_t offset = (tile - first_tile(tensor)) * tile_elements(span.dtype);
+    return {static_cast<char*>(span.data) + offset * element_size(span.dtype),
+            std::min(tile_elements(span.dtype), span.numel - offset), span.dtype};
+  }
+
+ private:
+  std::vector<Span> spans_;
+  std::vector<int64_t> first_tile_;
+  int64_t tiles_ = 0;
+  int64_t bytes_ = 0;
+};
+
+enum class Direction { kForward, kBackward };
+
+// The one place that fixes the order in which a worker visits its tiles: measuring walks forward,
+// scaling backward, so that what was read last, and is still in cache, is written first.
+// Calls visit(tensor, part) for each tile.
+template <Direction kDirection, class Visit>
+void walk_tiles(const FlatIndex& index, Range tiles, const Visit& visit) {
+  if constexpr (kDirection == Direction::kForward) {
+    int64_t tensor = index.tensor_of(tiles.begin);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
+      visit(tensor, index.part(tensor, tile));
+    }
+  } else {
+    int64_t tensor = index.tensor_of(tiles.end - 1);
+    for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+      if (tile < index.first_tile(tensor)) --tensor;
+      visit(tensor, index.part(tensor, tile));
+    }
+  }
+}
+
+}  // namespace gradclip

@@ -1,0 +1,59 @@
+// The algebra of norms and of the clip coefficient. A norm is map -> combine -> finish; whatever
+// produced a partial result (a worker, a dtype, a device, a rank), it is combined here in float64,
+// and only the end takes the root and makes the coefficient.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/host_device.h"
+
+namespace gradclip {
+
+enum class Norm : uint8_t { kL1, kL2, kInf };
+
+// Combines partial power sums. Sums are compensated (Neumaier, "Rundungsfehleranalyse einiger
+// Verfahren zur Summation endlicher Summen", 1974): the result does not depend on how many partials
+// there are, to the last bit or two of a double. NaN and infinity always propagate.
+class PowerSum {
+ public:
+  GRADCLIP_HOST_DEVICE explicit PowerSum(Norm norm) : norm_(norm) {}
+
+  GRADCLIP_HOST_DEVICE void add(double partial) {
+    if (norm_ == Norm::kInf) {
+      // Not fmax, which drops NaN. A NaN already held survives because no comparison with it holds.
+      if (partial > sum_ || partial != partial) sum_ = partial;
+      return;
+    }
+    const double total = sum_ + partial;
+    compensation_ += std::fabs(sum_) >= std::fabs(partial) ? (sum_ - total) + partial
+                                                           : (partial - total) + sum_;
+    sum_ = total;
+  }
+
+  // Once the sum is not finite the compensation holds inf - inf and means nothing.
+  GRADCLIP_HOST_DEVICE double value() const {
+    return std::isfinite(sum_) ? sum_ + compensation_ : sum_;
+  }
+
+ private:
+  Norm norm_;
+  double sum_ = 0.0;
+  double compensation_ = 0.0;
+};
+
+GRADCLIP_HOST_DEVICE inline double finish(Norm norm, double power_sum) {
+  return norm == Norm::kL2 ? std::sqrt(power_sum) : power_sum;
+}
+
+// torch.nn.utils' min(1, max_norm / (norm + 1e-6)), in float64 from the unrounded norm. An infinite
+// max_norm asks for the measurement alone. A NaN anywhere else stays NaN.
+GRADCLIP_HOST_DEVICE inline double clip_coefficient(double max_norm, double norm) {
+  constexpr double kEpsilon = 1e-6;
+  if (max_norm == std::numeric_limits<double>::infinity()) return 1.0;
+  const double coefficient = max_norm / (norm + kEpsilon);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+}  // namespace gradclip

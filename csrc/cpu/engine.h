@@ -1,0 +1,25 @@
+// The CPU engine: the three operations over a range of workers of a flat index. It starts no
+// threads; the caller hands out worker ranges (the binding to torch's thread pool, tests to
+// std::thread), and any partition of the workers gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "core/flat_index.h"
+#include "core/norm.h"
+
+namespace gradclip::cpu {
+
+// How many workers an index is split into. Depends on the index alone, never on the number of
+// threads: the split fixes the order of the sum, and so the bits of the result.
+int64_t worker_count(const FlatIndex& index);
+
+// Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
+// after all workers ran, every one of the slot_count(tensors, workers) slots is written.
+void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots) noexcept;
+
+void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
+
+void clamp(const FlatIndex& index, double bound, Range workers) noexcept;
+
+}  // namespace gradclip::cpu

@@ -1,0 +1,22 @@
+// The CPU kernels for any processor the compiler targets by default (SSE2 on x86-64, NEON on
+// aarch64).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "core/norm.h"
+#include "core/span.h"
+#include "cpu/float16.h"
+#include "cpu/kernels.h"
+
+namespace gradclip::cpu {
+namespace {
+#include "cpu/kernels_body.h"
+}  // namespace
+
+const Kernels kPortableKernels = {"portable", power_sum, scale, clamp};
+
+}  // namespace gradclip::cpu

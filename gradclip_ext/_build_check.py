@@ -1,0 +1,114 @@
+"""Says what to run when gradclip_ext._C and the installed torch do not fit together.
+
+A compiled extension works only with the torch it was built against. Under another one it fails to
+load with `undefined symbol`, or worse, loads. So the package calls `check` before it loads `_C`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+_SOURCE_FOLDER = Path(__file__).resolve().parent.parent
+
+
+class Facts(NamedTuple):
+    """What has to agree between the build and the interpreter that loads it."""
+
+    torch: str
+    cuda: str | None
+    cxx11_abi: bool
+    python: str
+
+
+def installed() -> Facts | None:
+    """Returns the facts of the installed torch, None if there is no torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return Facts(
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda,
+        cxx11_abi=torch.compiled_with_cxx11_abi(),
+        python=sysconfig.get_python_version(),
+    )
+
+
+def built_with() -> Facts | None:
+    """Returns the facts that the build wrote down, None if the package has not been built."""
+    if importlib.util.find_spec("gradclip_ext._built_with") is None:
+        return None
+    built = importlib.import_module("gradclip_ext._built_with")
+    return Facts(built.TORCH_VERSION, built.TORCH_CUDA, built.CXX11_ABI, built.PYTHON)
+
+
+def problem(
+    built: Facts | None, present: Facts | None, has_extension: bool, build_command: str
+) -> str | None:
+    """Returns what keeps `_C` from loading, as found, expected and command; None if nothing does.
+
+    `built` is None where the package has not been built, `present` where there is no torch, and
+    `has_extension` tells whether there is a `_C` for the running interpreter.
+    """
+    if built is None:
+        found = "no compiled gradclip_ext._C"
+        expected = "one, built against the installed torch"
+    elif present is None:
+        found = "no torch"
+        expected = f"torch {_major_minor(built.torch)}, as gradclip_ext was built against it"
+        build_command = f"pip install torch=={_public(built.torch)}"
+    else:
+        pairs = zip(_compared(present), _compared(built), strict=True)
+        differing = [pair for pair in pairs if pair[0] != pair[1]]
+        if differing:
+            found = ", ".join(pair[0] for pair in differing) + f" (torch {present.torch})"
+            expected = ", ".join(pair[1] for pair in differing) + f" (torch {built.torch})"
+        elif not has_extension:
+            found = "no compiled gradclip_ext._C for this interpreter"
+            expected = "one beside gradclip_ext/_built_with.py"
+        else:
+            return None
+    return (
+        "gradclip_ext cannot be loaded.\n"
+        f"  found:    {found}\n"
+        f"  expected: {expected}\n"
+        f"  run:      {build_command}"
+    )
+
+
+def check() -> None:
+    """Raises ImportError if loading `_C` would fail, with the command that mends it."""
+    has_extension = importlib.util.find_spec("gradclip_ext._C") is not None
+    message = problem(built_with(), installed(), has_extension, build_command(_SOURCE_FOLDER))
+    if message is not None:
+        raise ImportError(message, name="gradclip_ext._C")
+
+
+def build_command(folder: Path) -> str:
+    """Returns the command that builds the package, which lies in `folder`."""
+    if (folder / "setup.py").is_file():
+        return f"pip install -e {folder}"
+    return "pip install --force-reinstall --no-deps .    (in the source folder of gradclip_ext)"
+
+
+def _compared(facts: Facts) -> tuple[str, ...]:
+    """Returns what decides whether a build fits: a patch release or a minor CUDA does not."""
+    return (
+        f"Python {facts.python}",
+        f"torch {_major_minor(facts.torch)}",
+        "no CUDA" if facts.cuda is None else f"CUDA {facts.cuda.partition('.')[0]}",
+        "the C++11 ABI" if facts.cxx11_abi else "the C++ ABI before C++11",
+    )
+
+
+def _major_minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _public(version: str) -> str:
+    """Returns a version without its local part (+cpu), which package indexes do not know."""
+    return version.partition("+")[0]

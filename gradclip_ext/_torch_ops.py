@@ -1,0 +1,120 @@
+"""The torch-op way: norm, scale and clamp made of torch's own operations.
+
+For tensors whose memory the native engine must not touch (subclasses, other devices, other
+layouts), for norm orders it does not know, and whenever something wants to see real operations
+(dispatch modes, functorch, jit.trace, torch.compile). Same results as :mod:`torch.nn.utils`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _torch_private
+
+
+def total_norm(
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    foreach: bool | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The norm that :func:`torch.nn.utils.get_total_norm` gives.
+
+    Empty tensors contribute nothing, where torch raises for some orders. With ``dtype`` the norm
+    is accumulated in that dtype (float32 or float64) instead of the tensors' own.
+    """
+    filled = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not filled:
+        result = torch.zeros((), dtype=norm_dtype(tensors), device=tensors[0].device)
+    elif dtype is None:
+        result = torch.nn.utils.get_total_norm(filled, norm_type, False, foreach)
+        if len(filled) < len(tensors):
+            result = result.to(tensors[0].device, norm_dtype(tensors))
+    else:
+        require_foreach_support(filled, foreach)
+        norms = [torch.linalg.vector_norm(t, norm_type, dtype=_widened(t, dtype)) for t in filled]
+        device = norms[0].device
+        result = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
+        result = result.to(tensors[0].device)
+    return result if dtype is None else result.to(dtype)
+
+
+def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the norm of these tensors: their promoted dtype, real for complex."""
+    dtype = tensors[0].dtype.to_real()
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
+    return dtype
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or wider where it would not hold the tensor; complex for a complex tensor."""
+    return torch.promote_types(tensor.dtype, dtype.to_complex() if tensor.is_complex() else dtype)
+
+
+def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, on the norm's device and without reading it.
+
+    A ``max_norm`` tensor that is negative or NaN gives NaN: raising would need a host sync.
+    """
+    if isinstance(max_norm, Tensor):
+        # In its own dtype: the comparison must not depend on the norm's.
+        limit = torch.where(max_norm >= 0, max_norm, torch.nan).reshape(()).to(norm.device)
+        coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        return torch.where(limit == torch.inf, torch.ones_like(coefficient), coefficient)
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None) -> None:
+    """Multiply every tensor in place by a 0-dim tensor, wherever that lies."""
+    for device, group, multi_tensor in _groups(tensors, foreach):
+        factor = coefficient.to(device)
+        if multi_tensor:
+            _torch_private.foreach_mul_(group, factor)
+        else:
+            for tensor in group:
+                tensor.mul_(factor)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float, foreach: bool | None) -> None:
+    """Limit every element of every tensor to ``[-bound, bound]`` in place."""
+    for _, group, multi_tensor in _groups(tensors, foreach):
+        if multi_tensor:
+            _torch_private.foreach_clamp_(group, bound)
+        else:
+            for tensor in group:
+                tensor.clamp_(min=-bound, max=bound)
+
+
+def require_foreach_support(tensors: Sequence[Tensor], foreach: bool | None) -> None:
+    """Raise what torch raises for ``foreach=True`` on a device that has no such operations."""
+    if not foreach:
+        return
+    for tensor in tensors:
+        if not _torch_private.device_has_foreach_support(tensor.device):
+            raise RuntimeError(
+                "foreach=True was passed, but can't use the foreach API on "
+                f"{tensor.device.type} tensors"
+            )
+
+
+def _groups(
+    tensors: Sequence[Tensor], foreach: bool | None
+) -> list[tuple[torch.device, list[Tensor], bool]]:
+    """Tensors by device and dtype, and whether to use multi-tensor operations on the group."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return [
+        (
+            device,
+            group,
+            _torch_private.device_has_foreach_support(device)
+            if foreach
+            else foreach is None and _torch_private.has_foreach_support(group, device),
+        )
+        for (device, _), group in by_kind.items()
+    ]

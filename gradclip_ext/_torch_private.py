@@ -1,0 +1,38 @@
+"""Every private or version-dependent name of torch that this package leans on, in one place.
+
+Each was checked against torch 2.6 and 2.13. A future torch that moves one of them breaks this file,
+visibly, and nothing else.
+"""
+
+import torch
+from torch.utils._device import DeviceContext
+from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
+
+__all__ = [
+    "DeviceContext",
+    "device_has_foreach_support",
+    "foreach_clamp_",
+    "foreach_mul_",
+    "has_foreach_support",
+]
+
+
+def device_has_foreach_support(device: torch.device) -> bool:
+    """Whether ``foreach=True`` is allowed for tensors on this device."""
+    return bool(_device_has_foreach_support(device))
+
+
+def has_foreach_support(tensors: list[torch.Tensor], device: torch.device) -> bool:
+    """Whether ``foreach=None`` chooses the multi-tensor operations for these tensors."""
+    return bool(_has_foreach_support(tensors, device))  # type: ignore[arg-type]
+
+
+def foreach_mul_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply every tensor in place by one 0-dim tensor on the same device."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def foreach_clamp_(tensors: list[torch.Tensor], bound: float) -> None:
+    """Limit every element of every tensor to ``[-bound, bound]`` in place."""
+    torch._foreach_clamp_min_(tensors, -bound)
+    torch._foreach_clamp_max_(tensors, bound)

@@ -1,0 +1,207 @@
+"""Drop-in replacements for the gradient clipping functions of :mod:`torch.nn.utils`.
+
+Same names, positional order, defaults, warnings and error texts; what is added is keyword-only.
+Each function first offers its list to the native engine, which takes it or declines it as a whole;
+declined lists go the general way, through torch's own operations where those are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _C, _arguments, _general
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Clip the gradient norm of an iterable of parameters.
+
+    Drop-in for :func:`torch.nn.utils.clip_grad_norm_`. The norm is taken over all gradients
+    together, as if they were concatenated into one vector, and the gradients are scaled in place
+    by
+
+    .. math:: \min\left(1, \frac{\text{max\_norm}}{\text{norm} + 10^{-6}}\right)
+
+    computed in float64 from the unrounded norm. When that is 1 no gradient is written.
+    Gradients of any shape, dtype and memory layout may be mixed. The method is that of Pascanu,
+    Mikolov and Bengio, "On the difficulty of training recurrent neural networks" (2013).
+
+    Args:
+        parameters: the tensors whose ``.grad`` is clipped, or a single one. Those without a
+            gradient are passed over.
+        max_norm: largest norm the gradients may keep, not negative. With ``inf`` the norm is only
+            measured. A one-element tensor is not checked: negative or NaN there makes the
+            gradients NaN.
+        norm_type: order of the norm, ``2.0``, ``1.0``, ``inf`` (also as ``'inf'``), or any other
+            number.
+        error_if_nonfinite: raise, with every gradient unchanged, when the norm is NaN or infinite.
+        foreach: accepted for compatibility; chooses between torch's operations for the tensors
+            that take the way through them.
+        dtype: ``torch.float32`` or ``torch.float64`` for a result that is not rounded to the
+            gradients' own dtype.
+
+    Returns:
+        The norm before clipping: a 0-dim tensor on the first gradient's device, in the promoted
+        dtype of the gradients (real for complex ones). ``torch.tensor(0.)`` without gradients.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or a gradient
+            cannot be written to, because its elements share memory (``expand``).
+        TypeError: an argument or an element of ``parameters`` has the wrong type.
+        ValueError: ``max_norm`` is negative or NaN.
+    """
+    function = "clip_grad_norm_"
+    parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+    limit = _arguments.limit(max_norm, function)
+    order = _arguments.norm_order(norm_type, function)
+    if dtype is not None:
+        _arguments.result_dtype(dtype, function)
+    if not torch.compiler.is_compiling():
+        if isinstance(limit, Tensor):
+            limit = _read_limit(limit)
+        if not isinstance(limit, Tensor):
+            norm: Tensor | None = _C.clip_grad_norm_(
+                parameter_list, limit, order, error_if_nonfinite, dtype
+            )
+            if norm is not None:
+                return norm
+    return _general.clip_grad_norm_(
+        parameter_list, limit, order, error_if_nonfinite, foreach, dtype
+    )
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute the norm of an iterable of tensors, as if they were one vector.
+
+    Drop-in for :func:`torch.nn.utils.get_total_norm`.
+
+    Args:
+        tensors: tensors of any shape, dtype and memory layout, or a single one. These are measured
+            themselves; pass gradients, not parameters.
+        norm_type: order of the norm, as in :func:`clip_grad_norm_`.
+        error_if_nonfinite: raise when the norm is NaN or infinite.
+        foreach: as in :func:`clip_grad_norm_`.
+        dtype: as in :func:`clip_grad_norm_`.
+
+    Returns:
+        A 0-dim tensor, as in :func:`clip_grad_norm_`.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+        TypeError: an argument or an element of ``tensors`` has the wrong type.
+    """
+    function = "get_total_norm"
+    tensor_list = _arguments.tensor_list(tensors, function, "tensors")
+    order = _arguments.norm_order(norm_type, function)
+    if dtype is not None:
+        _arguments.result_dtype(dtype, function)
+    if not torch.compiler.is_compiling():
+        norm: Tensor | None = _C.get_total_norm(tensor_list, order, error_if_nonfinite, dtype)
+        if norm is not None:
+            return norm
+    return _general.get_total_norm(tensor_list, order, error_if_nonfinite, foreach, dtype)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    total_norm: float | Tensor,
+    foreach: bool | None = None,
+) -> None:
+    r"""Scale the gradients of an iterable of parameters by a norm that is already known.
+
+    Drop-in for :func:`torch.nn.utils.clip_grads_with_norm_`: the second half of
+    :func:`clip_grad_norm_`, for a norm from :func:`get_total_norm` or from elsewhere, say one
+    reduced over ranks.
+
+    Args:
+        parameters: the tensors whose ``.grad`` is scaled, or a single one.
+        max_norm: as in :func:`clip_grad_norm_`.
+        total_norm: the norm, used as it is: a number or a tensor of one element, of any dtype, on
+            any device.
+        foreach: as in :func:`clip_grad_norm_`.
+
+    Raises:
+        RuntimeError: a gradient cannot be written to, because its elements share memory.
+        TypeError: an argument or an element of ``parameters`` has the wrong type.
+        ValueError: ``max_norm`` is negative or NaN, or a tensor has more than one element.
+    """
+    function = "clip_grads_with_norm_"
+    parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+    limit = _arguments.limit(max_norm, function)
+    norm = _arguments.given_norm(total_norm, function)
+    if not torch.compiler.is_compiling():
+        if isinstance(limit, Tensor):
+            limit = _read_limit(limit)
+        known = _read_number(norm) if isinstance(norm, Tensor) else norm
+        if (
+            not isinstance(limit, Tensor)
+            and not isinstance(known, Tensor)
+            and _C.clip_grads_with_norm_(parameter_list, limit, known)
+        ):
+            return
+    _general.clip_grads_with_norm_(parameter_list, limit, norm, foreach)
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor],
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    r"""Limit each element of the gradients to :math:`[-\text{clip\_value}, \text{clip\_value}]`.
+
+    Drop-in for :func:`torch.nn.utils.clip_grad_value_`. NaN stays NaN. Does nothing when there is
+    no gradient.
+
+    Args:
+        parameters: the tensors whose ``.grad`` is limited in place, or a single one.
+        clip_value: largest magnitude an element may keep, not negative.
+        foreach: as in :func:`clip_grad_norm_`.
+
+    Raises:
+        NotImplementedError: a gradient is complex.
+        RuntimeError: a gradient cannot be written to, because its elements share memory.
+        TypeError: an argument or an element of ``parameters`` has the wrong type.
+        ValueError: ``clip_value`` is negative or NaN.
+    """
+    function = "clip_grad_value_"
+    parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+    bound = _arguments.bound(clip_value, function)
+    if not torch.compiler.is_compiling() and _C.clip_grad_value_(parameter_list, bound):
+        return
+    _general.clip_grad_value_(parameter_list, bound, foreach)
+
+
+def _read_number(tensor: Tensor) -> float | Tensor:
+    """The number in a tensor where reading it costs no device sync and nobody is watching."""
+    if tensor.device.type == "cpu" and type(tensor) is Tensor and not _C.observed():
+        return float(tensor)
+    return tensor
+
+
+def _read_limit(max_norm: Tensor) -> float | Tensor:
+    """As :func:`_read_number`; negative counts as NaN, as it does on devices."""
+    number = _read_number(max_norm)
+    if isinstance(number, Tensor) or number >= 0.0:
+        return number
+    return math.nan

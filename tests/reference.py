@@ -1,0 +1,200 @@
+"""What the tests compare with: float64 references, tolerances per dtype, and ways to make gradients.
+
+The reference takes the values as they are stored, widens them to float64 and computes there; it is
+independent of torch.nn.utils, whose results are compared separately.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+NATIVE_ORDERS = (1.0, 2.0, math.inf)
+
+# Relative error of one scaled element: the coefficient rounded once to the compute dtype, one
+# product rounded in the compute dtype, one rounding to the stored dtype.
+ELEMENT_TOLERANCE = {
+    torch.float32: 2.0 * 2**-24,
+    torch.float64: 4.0 * 2**-53,
+    torch.float16: 2**-11 + 2.0 * 2**-24,
+    torch.bfloat16: 2**-8 + 2.0 * 2**-24,
+    torch.complex64: 4.0 * 2**-24,
+    torch.complex128: 8.0 * 2**-53,
+}
+
+# How far a norm may be from the float64 one, in units of the last place of its own dtype.
+NORM_ULPS = 2.0
+
+# How far torch.nn.utils itself may be from the truth on the small gradients of the tests, relative.
+TORCH_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+    torch.complex64: 1e-5,
+    torch.complex128: 1e-12,
+}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The values in float64 (complex128 for complex), always a copy."""
+    values = tensor.detach()
+    if values.layout == torch.sparse_coo:
+        values = values.coalesce().values()
+    return values.to(torch.complex128 if values.is_complex() else torch.float64, copy=True)
+
+
+def reference_norm(tensors: Sequence[Tensor], order: float) -> float:
+    """The norm of all values together, in float64 with exact summation."""
+    magnitudes = torch.cat([widened(tensor).abs().flatten() for tensor in tensors])
+    if magnitudes.isnan().any():
+        return math.nan
+    if magnitudes.numel() == 0:
+        return 0.0
+    if order == math.inf:
+        return magnitudes.max().item()
+    if order == 1.0:
+        return math.fsum(magnitudes.tolist())
+    assert order == 2.0
+    # Squares of float64 values may overflow; scaling by a power of two is exact.
+    largest = magnitudes.max().item()
+    if largest == 0.0 or math.isinf(largest):
+        return largest
+    scale = 2.0 ** -math.frexp(largest)[1]
+    return math.sqrt(math.fsum(((magnitudes * scale) ** 2).tolist())) / scale
+
+
+def reference_coefficient(max_norm: float, norm: float) -> float:
+    if max_norm == math.inf:
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """The distance from |value| to the next number of the dtype."""
+    info = torch.finfo(dtype)
+    if value == 0.0:
+        return info.smallest_normal
+    digits = 1 - round(math.log2(info.eps))
+    return max(2.0 ** (math.frexp(value)[1] - digits), info.smallest_normal * info.eps)
+
+
+def assert_norm(norm: Tensor, tensors: Sequence[Tensor], order: float) -> None:
+    """The norm is within NORM_ULPS of the reference, infinite where its dtype cannot hold it."""
+    expected = reference_norm(tensors, order)
+    found = norm.item()
+    if math.isnan(expected):
+        assert math.isnan(found), f"expected NaN, found {found}"
+    elif abs(expected) > torch.finfo(norm.dtype).max:
+        assert found == math.inf, f"expected inf for {expected}, found {found}"
+    else:
+        error = abs(found - expected) / ulp(expected, norm.dtype)
+        assert error <= NORM_ULPS, f"{found} is {error:.2f} ulp from {expected} ({norm.dtype})"
+
+
+def assert_scaled(after: Tensor, before: Tensor, coefficient: float) -> None:
+    """Each element of `after` is that of `before` (widened earlier) times the coefficient."""
+    expected = before * coefficient
+    found = widened(after)
+    tolerance = ELEMENT_TOLERANCE[after.dtype]
+    info = torch.finfo(after.dtype)
+    allowed = expected.abs() * tolerance + info.smallest_normal * info.eps
+    wrong = (found - expected).abs() > allowed
+    wrong |= found.isnan() != expected.isnan()
+    if wrong.any():
+        first = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"element {first} of {wrong.sum().item()} wrong ones: expected "
+            f"{expected[first].item()}, found {found[first].item()} ({after.dtype})"
+        )
+
+
+def parameter(gradient: Tensor | None, shape: Sequence[int] = (1,)) -> torch.nn.Parameter:
+    """A parameter that has this very tensor as its gradient."""
+    if gradient is None:
+        return torch.nn.Parameter(torch.zeros(tuple(shape)))
+    result = torch.nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
+    result.grad = gradient
+    return result
+
+
+def parameters(gradients: Sequence[Tensor | None]) -> list[torch.nn.Parameter]:
+    return [parameter(gradient) for gradient in gradients]
+
+
+def random_gradient(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_complex:
+        real_dtype = torch.float32 if dtype == torch.complex64 else torch.float64
+        pairs = torch.randn((*shape, 2), generator=generator, dtype=real_dtype)
+        return torch.view_as_complex(pairs) * scale
+    return (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
+
+
+def copies(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that keep strides, so that torch sees the same layout."""
+    return [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype).copy_(g) for g in gradients]
+
+
+# Layouts: each takes a contiguous matrix of at least 2 x 2 and gives a tensor of the same values.
+
+
+def _contiguous(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+def _every_second_column(matrix: Tensor) -> Tensor:
+    storage = torch.full((matrix.shape[0], matrix.shape[1] * 2), 777.0).to(matrix.dtype)
+    view = storage[:, ::2]
+    view.copy_(matrix)
+    return view
+
+
+def _offset_by_one(matrix: Tensor) -> Tensor:
+    storage = torch.full((matrix.numel() + 2,), 777.0).to(matrix.dtype)
+    view = storage[1:-1].view(matrix.shape)
+    view.copy_(matrix)
+    return view
+
+
+def _channels_last(matrix: Tensor) -> Tensor:
+    images = matrix.reshape(1, 2, matrix.shape[0] // 2, matrix.shape[1])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _column_slice(matrix: Tensor) -> Tensor:
+    storage = torch.full((matrix.shape[0], matrix.shape[1] + 3), 777.0).to(matrix.dtype)
+    view = storage[:, 1 : 1 + matrix.shape[1]]
+    view.copy_(matrix)
+    return view
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": _contiguous,
+    "transposed": _transposed,
+    "every_second_column": _every_second_column,
+    "offset_by_one": _offset_by_one,
+    "channels_last": _channels_last,
+    "column_slice": _column_slice,
+}
+
+# Around the vector width, a block of lanes, a staged piece of 16-bit values, a tile, a worker.
+BORDER_SIZES = (
+    0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257,
+    511, 512, 513, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 16385, 65537,
+)  # fmt: skip

@@ -1,0 +1,327 @@
+"""clip_grads_with_norm_, clip_grad_value_ and what the four functions have in common."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import reference as ref
+import torch
+from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, name_of
+
+import gradclip_ext
+
+by_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES + COMPLEX_DTYPES, ids=name_of)
+by_real_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=name_of)
+by_foreach = pytest.mark.parametrize(
+    "foreach", [None, False, True], ids=lambda value: f"foreach={value}"
+)
+FUNCTIONS = ("clip_grad_norm_", "get_total_norm", "clip_grads_with_norm_", "clip_grad_value_")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signature_extends_torchs(name):
+    ours = list(inspect.signature(getattr(gradclip_ext, name)).parameters.values())
+    theirs = list(inspect.signature(getattr(torch.nn.utils, name)).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [
+        (p.name, p.default) for p in theirs
+    ]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+class TestClipGradsWithNorm:
+    @by_foreach
+    @by_dtype
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_scales_by_the_given_norm(self, layout, dtype, foreach):
+        gradients = [LAYOUTS[layout](ref.random_gradient((6, 10), dtype, s)) for s in range(2)]
+        before = [ref.widened(gradient) for gradient in gradients]
+        result = gradclip_ext.clip_grads_with_norm_(
+            ref.parameters(gradients), 1.0, torch.tensor(4.0), foreach
+        )
+        assert result is None
+        for gradient, original in zip(gradients, before, strict=True):
+            ref.assert_scaled(gradient, original, ref.reference_coefficient(1.0, 4.0))
+
+    @pytest.mark.parametrize(
+        "norm",
+        [
+            4,
+            4.0,
+            torch.tensor(4),
+            torch.tensor(4.0),
+            torch.tensor(4.0, dtype=torch.float64),
+            torch.tensor(4.0, dtype=torch.bfloat16),
+            torch.tensor([4.0]),
+            torch.tensor([[4.0]], requires_grad=True),
+            torch.nn.Parameter(torch.tensor(4.0)),
+        ],
+        ids=lambda norm: f"{type(norm).__name__}-{getattr(norm, 'dtype', '')}".removesuffix("-")
+        + str(list(getattr(norm, "shape", ""))),
+    )
+    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    def test_norm_may_come_in_any_form(self, norm, mixed):
+        gradients = [torch.tensor([8.0])]
+        if mixed:
+            gradients.append(torch.ones(4, 4)[:, ::2])
+        gradclip_ext.clip_grads_with_norm_(ref.parameters(gradients), 1.0, norm)
+        assert gradients[0].item() == pytest.approx(2.0, rel=1e-6)
+
+    def test_uses_the_given_norm_as_it_is(self):
+        for norm, expected in ((0.5, 8.0), (math.inf, 0.0), (16.0, 0.5)):
+            gradient = torch.tensor([8.0])
+            gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), 1.0, norm)
+            assert gradient.item() == pytest.approx(expected, rel=1e-6)
+        gradient = torch.tensor([8.0])
+        gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), 1.0, math.nan)
+        assert gradient.isnan().all()
+
+    def test_together_with_get_total_norm_is_clip_grad_norm(self):
+        one = [ref.random_gradient((70, 9), seed=s) for s in range(4)]
+        two = ref.copies(one)
+        norm = gradclip_ext.clip_grad_norm_(ref.parameters(one), 0.3, dtype=torch.float64)
+        halves = gradclip_ext.get_total_norm(two, dtype=torch.float64)
+        gradclip_ext.clip_grads_with_norm_(ref.parameters(two), 0.3, halves)
+        assert torch.equal(norm, halves)
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a, b)
+
+
+class TestClipGradValue:
+    @by_foreach
+    @by_real_dtype
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_limits_as_torch_does(self, layout, dtype, foreach):
+        ours = [LAYOUTS[layout](ref.random_gradient((6, 10), dtype, seed)) for seed in range(2)]
+        theirs = ref.copies(ours)
+        gradclip_ext.clip_grad_value_(ref.parameters(ours), 0.3, foreach)
+        torch.nn.utils.clip_grad_value_(ref.parameters(theirs), 0.3, foreach)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+
+    @by_real_dtype
+    @pytest.mark.parametrize("size", ref.BORDER_SIZES)
+    def test_sizes_at_the_borders(self, size, dtype):
+        ours = ref.random_gradient((size,), dtype)
+        theirs = ours.clone()
+        gradclip_ext.clip_grad_value_(ref.parameter(ours), 0.7)
+        if size:
+            torch.nn.utils.clip_grad_value_(ref.parameter(theirs), 0.7)
+        assert torch.equal(ours, theirs)
+
+    @by_real_dtype
+    def test_nan_stays_and_infinity_is_limited(self, dtype):
+        gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -0.0]).to(dtype)
+        gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0.5)
+        assert gradient[0].isnan()
+        assert gradient[1:].tolist() == [0.5, -0.5, 0.25, 0.0]
+
+    def test_infinite_bound_changes_nothing(self):
+        gradient = torch.tensor([math.inf, -1e30, 2.0])
+        gradclip_ext.clip_grad_value_(ref.parameter(gradient), math.inf)
+        assert gradient.tolist() == [math.inf, float(torch.tensor(-1e30)), 2.0]
+
+    def test_zero_bound_zeroes(self):
+        gradient = torch.tensor([3.0, -2.0])
+        gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0)
+        assert gradient.tolist() == [0.0, 0.0]
+
+    def test_bound_beyond_float16(self):
+        # torch refuses a bound that float16 cannot hold.
+        gradient = torch.tensor([3.0, -65504.0], dtype=torch.float16)
+        gradclip_ext.clip_grad_value_(ref.parameter(gradient), 1e6)
+        assert gradient.tolist() == [3.0, -65504.0]
+
+    @pytest.mark.parametrize("coalesced", [True, False], ids=["coalesced", "uncoalesced"])
+    def test_sparse_values(self, coalesced):
+        weight = torch.nn.Parameter(torch.zeros(4))
+        sparse = torch.sparse_coo_tensor(
+            torch.tensor([[1, 1, 3]]), torch.tensor([2.0, 2.0, -0.5]), (4,), check_invariants=True
+        )
+        weight.grad = sparse.coalesce() if coalesced else sparse
+        gradclip_ext.clip_grad_value_([weight], 3.0)
+        assert weight.grad.to_dense().tolist() == [0.0, 3.0, 0.0, -0.5]
+
+    def test_complex_is_refused_before_anything_changes(self):
+        gradients = [torch.tensor([5.0]), torch.tensor([5.0 + 1j])]
+        with pytest.raises(RuntimeError, match=r"parameters\[1\].grad: clamp is not supported"):
+            gradclip_ext.clip_grad_value_(ref.parameters(gradients), 1.0)
+        assert gradients[0].item() == 5.0
+
+
+class TestMaxNorm:
+    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    def test_infinite_max_norm_only_measures(self, mixed):
+        for value, expected in ((math.inf, math.inf), (3.0, 5.0)):
+            gradients = [torch.tensor([value, 4.0])]
+            if mixed:
+                gradients.append(torch.zeros(4, 4)[:, ::2])
+            norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), math.inf)
+            assert norm.item() == expected
+            assert gradients[0].tolist() == [value, 4.0]
+            gradclip_ext.clip_grads_with_norm_(ref.parameters(gradients), math.inf, math.nan)
+            assert gradients[0].tolist() == [value, 4.0]
+
+    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=name_of)
+    @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "one-element"])
+    def test_max_norm_may_be_a_tensor(self, shape, dtype, mixed):
+        gradients = [torch.tensor([30.0, 40.0])]
+        if mixed:
+            gradients.append(torch.zeros(4, 4)[:, ::2])
+        max_norm = torch.full(shape, 5, dtype=dtype)
+        norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm)
+        assert norm.item() == 50.0
+        assert gradients[0].tolist() == pytest.approx([3.0, 4.0], rel=1e-6)
+        gradclip_ext.clip_grads_with_norm_(ref.parameters(gradients), max_norm / 5, norm / 10)
+        assert gradients[0].tolist() == pytest.approx([0.6, 0.8], rel=1e-6)
+
+    @pytest.mark.parametrize("value", [-1.0, math.nan], ids=str)
+    def test_bad_tensor_makes_nan_on_every_device_alike(self, value):
+        gradient = torch.tensor([3.0, 4.0])
+        gradclip_ext.clip_grad_norm_(ref.parameter(gradient), torch.tensor(value))
+        assert gradient.isnan().all()
+
+    def test_zero_max_norm_zeroes(self):
+        gradient = torch.tensor([3.0, 4.0])
+        gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 0)
+        assert gradient.tolist() == [0.0, 0.0]
+
+    def test_threshold_is_torchs_to_the_epsilon(self):
+        # The norm is exactly max_norm: torch's 1e-6 makes the coefficient a little below 1.
+        for norm, max_norm in ((5.0, 5.0), (5.0, 5.000001), (5.0, 5.000002)):
+            ours, theirs = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
+            assert gradclip_ext.clip_grad_norm_(ref.parameter(ours), max_norm).item() == norm
+            torch.nn.utils.clip_grad_norm_(ref.parameter(theirs), max_norm)
+            torch.testing.assert_close(ours, theirs, rtol=1.2e-7, atol=0)
+
+
+class TestSideEffects:
+    @pytest.mark.parametrize("max_norm", [1e-3, 1e9], ids=["clip", "quiet"])
+    @pytest.mark.parametrize("strided", [False, True], ids=["native", "general"])
+    def test_version_counter(self, max_norm, strided):
+        gradient = torch.ones(4, 4)[:, ::2] if strided else torch.ones(4)
+        start = gradient._version
+        gradclip_ext.get_total_norm([gradient])
+        assert gradient._version == start
+        gradclip_ext.clip_grad_norm_(ref.parameter(gradient), max_norm)
+        assert gradient._version > start
+        start = gradient._version
+        gradclip_ext.clip_grad_value_(ref.parameter(gradient), 10.0)
+        assert gradient._version > start
+
+    def test_autograd_notices_the_change(self):
+        x = torch.tensor([2.0], requires_grad=True)
+        weight = torch.nn.Parameter(torch.tensor([3.0]))
+        (gradient,) = torch.autograd.grad((weight * x).pow(2).sum(), weight, create_graph=True)
+        penalty = gradient.pow(2).sum()
+        weight.grad = gradient
+        gradclip_ext.clip_grad_norm_([weight], 0.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            penalty.backward()
+
+    def test_gradient_that_requires_grad(self):
+        gradient = torch.ones(3, requires_grad=True)
+        norm = gradclip_ext.get_total_norm([gradient])
+        assert not norm.requires_grad
+        gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1e-3)
+        assert gradient.is_leaf and gradient.requires_grad
+
+    def test_copy_on_write_tensors_stay_shared_until_written(self):
+        original = torch.ones(1000)
+        lazy = torch._lazy_clone(original)
+        gradclip_ext.get_total_norm([lazy])
+        assert torch._C._is_cow_tensor(lazy)
+        gradclip_ext.clip_grad_norm_(ref.parameter(lazy), 1e9)
+        assert torch._C._is_cow_tensor(lazy), "a quiet call does not write"
+        gradclip_ext.clip_grad_norm_(ref.parameter(lazy), 1.0)
+        assert not torch._C._is_cow_tensor(lazy)
+        assert original.tolist() == [1.0] * 1000
+        assert lazy[0].item() == pytest.approx(1000**-0.5, rel=1e-6)
+
+    def test_inference_mode(self):
+        with torch.inference_mode():
+            gradient = torch.tensor([3.0, 4.0])
+            holder = torch.zeros(2)
+            holder.grad = gradient
+            norm = gradclip_ext.clip_grad_norm_([holder], 1.0)
+            assert norm.is_inference()
+            assert gradient.tolist() == pytest.approx([0.6, 0.8], rel=1e-6)
+        assert gradclip_ext.get_total_norm([gradient]).item() == pytest.approx(1.0)
+        ordinary = torch.tensor([5.0])
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            gradclip_ext.clip_grad_norm_([ref.parameter(ordinary), holder], 0.1)
+        assert ordinary.item() == 5.0
+
+    def test_default_device_mode_keeps_the_native_way(self):
+        gradient = torch.tensor([3.0, 4.0])
+        with torch.device("cpu"):
+            assert not gradclip_ext._C.observed()
+            assert gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1.0).item() == 5.0
+        with torch.device("meta"):
+            assert not gradclip_ext._C.observed()
+            assert gradclip_ext.get_total_norm([gradient]).device.type == "cpu"
+
+    def test_autocast_changes_nothing(self):
+        gradient = ref.random_gradient((300,))
+        expected = gradclip_ext.get_total_norm([gradient])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(gradclip_ext.get_total_norm([gradient]), expected)
+
+    def test_flushing_denormals_does_not_change_16_bit_values(self):
+        smallest = torch.full((100,), 2.0**-24, dtype=torch.float16)
+        expected = gradclip_ext.get_total_norm([smallest], dtype=torch.float64)
+        assert expected.item() == 2.0**-24 * 10
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals")
+        try:
+            found = gradclip_ext.get_total_norm([smallest], dtype=torch.float64)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_profiler_shows_one_range(self, name):
+        arguments = {
+            "clip_grad_norm_": (1.0,),
+            "get_total_norm": (),
+            "clip_grads_with_norm_": (1.0, 5.0),
+            "clip_grad_value_": (0.5,),
+        }[name]
+        given = [torch.ones(4)] if name == "get_total_norm" else ref.parameters([torch.ones(4)])
+        with torch.profiler.profile() as profile:
+            getattr(gradclip_ext, name)(given, *arguments)
+        ranges = [e for e in profile.events() if e.name == f"gradclip_ext::{name}"]
+        assert len(ranges) == 1
+
+
+@by_real_dtype
+def test_every_16_bit_value_scales_with_one_rounding(dtype):
+    if dtype.itemsize != 2:
+        pytest.skip("exhaustive only for 16-bit values")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    for norm in (1.5, 3.0, 7.77, 1e4):
+        gradient = finite.clone()
+        gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), 1.0, norm)
+        coefficient = torch.tensor(ref.reference_coefficient(1.0, norm), dtype=torch.float64)
+        expected = (finite.float() * coefficient.float()).to(dtype)
+        assert torch.equal(gradient.view(torch.int16), expected.view(torch.int16))
+
+
+@by_real_dtype
+def test_every_16_bit_value_is_measured_right(dtype):
+    if dtype.itemsize != 2:
+        pytest.skip("exhaustive only for 16-bit values")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for value in every[:: 2**15 // 601].tolist():
+        gradient = torch.full((9,), value, dtype=torch.float64).to(dtype)
+        norm = gradclip_ext.get_total_norm([gradient], dtype=torch.float64).item()
+        if math.isnan(value):
+            assert math.isnan(norm)
+        else:
+            assert norm == pytest.approx(3.0 * abs(value), rel=1e-15)
+    finite = every[every.isfinite()]
+    total = gradclip_ext.get_total_norm([finite], 1.0, dtype=torch.float64).item()
+    assert total == pytest.approx(finite.double().abs().sum().item(), rel=1e-14)
