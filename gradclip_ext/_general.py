@@ -31,19 +31,17 @@ class _Gradients:
             is a copy of the gradient's values.
     """
 
-    def __init__(
-        self, given: list[Tensor], names: list[str], orders_native: bool, complex_native: bool
-    ) -> None:
+    def __init__(self, given: list[Tensor], names: list[str], norm_type: float = 2.0) -> None:
         self.given = given
         self.names = names
         self.native: list[Tensor] = []
         self.foreign: list[Tensor] = []
         self.write_back: list[tuple[Tensor, Tensor]] = []
-        native_allowed = orders_native and not _observed()
+        native_allowed = norm_type in _NATIVE_ORDERS and not _observed()
         for gradient in given:
-            self._sort(gradient, native_allowed, complex_native)
+            self._sort(gradient, native_allowed)
 
-    def _sort(self, gradient: Tensor, native_allowed: bool, complex_native: bool) -> None:
+    def _sort(self, gradient: Tensor, native_allowed: bool) -> None:
         values = gradient
         if gradient.layout == torch.sparse_coo:
             coalesced = gradient.coalesce()
@@ -51,9 +49,6 @@ class _Gradients:
             if coalesced is not gradient:
                 self.write_back.append((gradient, coalesced))
         if not native_allowed or not _C.is_native(values):
-            self.foreign.append(values)
-            return
-        if values.is_complex() and not complex_native:
             self.foreign.append(values)
             return
         if not _C.is_flat(values):
@@ -64,6 +59,8 @@ class _Gradients:
 
     def refuse_unwritable(self, function: str) -> None:
         """Raise, before anything is written, what torch would raise in the midst of writing."""
+        if torch.compiler.is_compiling():
+            return
         for gradient, name in zip(self.given, self.names, strict=True):
             if gradient.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(
@@ -85,7 +82,12 @@ class _Gradients:
             norm = _torch_ops.total_norm(self.foreign, norm_type, foreach, dtype)
             return norm, norm
         _torch_ops.require_foreach_support(self.foreign, foreach)
-        norms = [_finish(norm_type, _C.power_sum(self.native, norm_type))]
+        # Only the L2 norm takes a complex number as two real ones.
+        measured = [
+            t.to(torch.complex128).abs() if t.is_complex() and norm_type != 2.0 else t
+            for t in self.native
+        ]
+        norms = [_finish(norm_type, _C.power_sum(measured, norm_type))]
         if self.foreign:
             foreign = _torch_ops.total_norm(self.foreign, norm_type, None, torch.float64)
             norms.append(_whole(foreign).to(norms[0].device))
@@ -206,7 +208,7 @@ def clip_grad_norm_(
     if not given:
         return torch.tensor(0.0, dtype=dtype)
     _refuse_integers(given, names, function)
-    gradients = _sorted_for_norm(given, names, norm_type)
+    gradients = _Gradients(given, names, norm_type)
     gradients.refuse_unwritable(function)
     norm, exact = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
     if not _is_infinite(max_norm):
@@ -228,7 +230,7 @@ def get_total_norm(
     if not given:
         return torch.tensor(0.0, dtype=dtype)
     _refuse_integers(given, names, function)
-    gradients = _sorted_for_norm(given, names, norm_type)
+    gradients = _Gradients(given, names, norm_type)
     norm, _ = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
     return norm
 
@@ -246,7 +248,7 @@ def clip_grads_with_norm_(
     if not given:
         return
     _refuse_integers(given, names, function)
-    gradients = _Gradients(given, names, orders_native=True, complex_native=True)
+    gradients = _Gradients(given, names)
     gradients.refuse_unwritable(function)
     _torch_ops.require_foreach_support(gradients.foreign, foreach)
     if _is_infinite(max_norm):
@@ -271,20 +273,10 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float, foreach: bool
             raise NotImplementedError(
                 f"{function}: {name}: clamp is not supported for complex types"
             )
-    gradients = _Gradients(given, names, orders_native=True, complex_native=False)
+    gradients = _Gradients(given, names)
     gradients.refuse_unwritable(function)
     _torch_ops.require_foreach_support(gradients.foreign, foreach)
     gradients.clamp_(clip_value, foreach)
-
-
-def _sorted_for_norm(given: list[Tensor], names: list[str], norm_type: float) -> _Gradients:
-    return _Gradients(
-        given,
-        names,
-        orders_native=norm_type in _NATIVE_ORDERS,
-        # Only the L2 norm takes a complex number as two real ones.
-        complex_native=norm_type == 2.0,
-    )
 
 
 def _is_infinite(max_norm: float | Tensor) -> bool:

@@ -195,7 +195,7 @@ def clip_grad_value_(
 def _read_number(tensor: Tensor) -> float | Tensor:
     """The number in a tensor where reading it costs no device sync and nobody is watching."""
     if tensor.device.type == "cpu" and type(tensor) is Tensor and not _C.observed():
-        return float(tensor)
+        return float(tensor.item())
     return tensor
 
 
