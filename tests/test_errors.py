@@ -285,12 +285,16 @@ def _holder(gradient):
 
 class TestWarnings:
     def test_exhausted_generator_warns_with_torchs_text_at_the_callers_line(self):
-        with pytest.warns(UserWarning) as torchs:
-            torch.nn.utils.clip_grad_norm_((p for p in []), 1.0)
         with pytest.warns(UserWarning) as ours:
             norm = gradclip_ext.clip_grad_norm_((p for p in []), 1.0)
         assert norm.item() == 0.0
-        assert str(ours[0].message) == str(torchs[0].message)
+        text = "`parameters` is an empty generator, no gradient clipping will occur."
+        assert [str(warning.message) for warning in ours] == [text]
+        with warnings.catch_warnings(record=True) as torchs:
+            warnings.simplefilter("always")
+            torch.nn.utils.clip_grad_norm_((p for p in []), 1.0)
+        # Torch 2.6 did not warn yet.
+        assert {str(warning.message) for warning in torchs} <= {text}
         assert ours[0].filename == __file__
 
     def test_other_empty_iterables_do_not_warn(self):
