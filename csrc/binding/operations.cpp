@@ -13,7 +13,7 @@ namespace gradclip::binding {
 namespace {
 
 // Below this a second thread costs more to wake than it saves.
-constexpr int64_t kSerialBytes = 128 * 1024;
+constexpr int64_t kSerialBytes = 512 * 1024;
 
 // Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
 // Each thread gets one contiguous share, and the same share for the same index every time.

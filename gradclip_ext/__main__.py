@@ -1,0 +1,165 @@
+"""``python -m gradclip_ext``: what is installed, how it was built, and a self-check against torch.
+
+Exits with 1 when a check fails, so that it can stand in a Dockerfile or a job script.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import gradclip_ext
+from gradclip_ext import _C, _built_with
+
+# How far torch's own float32 result may be from the truth on these small gradients.
+_AGREEMENT_WITH_TORCH = 1e-4
+_UNITS_IN_THE_LAST_PLACE = 2.0
+
+
+def main() -> int:
+    """Print the report; returns the exit code."""
+    for heading, facts in (("installed", _installed()), ("built", _built()), ("here", _here())):
+        print(heading)
+        for name, value in facts.items():
+            print(f"  {name:<16} {value}")
+    print("self-check")
+    failures = 0
+    for name, check in _CHECKS.items():
+        problem = _problem(check)
+        failures += problem is not None
+        print(f"  {name:<52} {'ok' if problem is None else 'FAILED: ' + problem}")
+    if failures:
+        print(f"\n{failures} of {len(_CHECKS)} checks failed: do not use this installation.")
+        return 1
+    print(f"\nAll {len(_CHECKS)} checks passed.")
+    return 0
+
+
+def _installed() -> dict[str, str]:
+    return {
+        "gradclip_ext": gradclip_ext.__version__,
+        "torch": str(torch.__version__),
+        "Python": platform.python_version(),
+        "from": str(gradclip_ext.__path__[0]),
+    }
+
+
+def _built() -> dict[str, str]:
+    return {
+        "against torch": _built_with.TORCH_VERSION,
+        "C++ ABI": "C++11" if _built_with.CXX11_ABI else "before C++11",
+        "CUDA engine": "none: CUDA gradients take the way through torch's operations",
+        "compiler": _built_with.COMPILER,
+    }
+
+
+def _here() -> dict[str, str]:
+    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    devices += [
+        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+    ]
+    return {"CPU kernels": _C.instruction_set(), "devices": ", ".join(devices)}
+
+
+def _problem(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except AssertionError as error:
+        return str(error)
+    except Exception as error:  # whatever it is, the remaining checks still say something
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _expect(found: float, expected: float, tolerance: float, what: str) -> None:
+    # Not assert: this has to work under python -O.
+    if not abs(found - expected) <= tolerance:
+        raise AssertionError(f"{what}: expected {expected!r}, found {found!r}")
+
+
+def _parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    # One larger than what is left to a single thread, one empty, one number.
+    for shape in ((300, 700), (17,), (0,), (), (3, 5, 7)):
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = torch.randn(shape, generator=generator).to(dtype)
+        result.append(parameter)
+    return result
+
+
+def _gradients(parameters: list[torch.nn.Parameter]) -> Iterator[Tensor]:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            yield parameter.grad
+
+
+def _check_norm(dtype: torch.dtype) -> None:
+    """Norm and every scaled element against float64."""
+    parameters = _parameters(dtype)
+    before = torch.cat([gradient.double().flatten() for gradient in _gradients(parameters)])
+    expected = math.sqrt(math.fsum((before * before).tolist()))
+    norm = gradclip_ext.clip_grad_norm_(parameters, 1.0)
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    ulp = 2.0 ** (math.frexp(expected)[1] - digits)
+    _expect(norm.item(), expected, _UNITS_IN_THE_LAST_PLACE * ulp, "norm")
+    after = torch.cat([gradient.double().flatten() for gradient in _gradients(parameters)])
+    error = (after - before / (expected + 1e-6)).abs().max().item()
+    _expect(error, 0.0, torch.finfo(dtype).eps, "largest error of a scaled element")
+
+
+def _check_torch(norm_type: float) -> None:
+    """The same outcome as torch.nn.utils."""
+    ours, theirs = _parameters(torch.float32), _parameters(torch.float32)
+    # torch cannot take the inf norm of an empty tensor.
+    theirs = [parameter for parameter in theirs if parameter.numel() > 0]
+    norm = gradclip_ext.clip_grad_norm_(ours, 1.0, norm_type)
+    torch_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0, norm_type)
+    tolerance = _AGREEMENT_WITH_TORCH * torch_norm.item()
+    _expect(norm.item(), torch_norm.item(), tolerance, "norm")
+    mine = torch.cat([gradient.flatten() for gradient in _gradients(ours)])
+    other = torch.cat([gradient.flatten() for gradient in _gradients(theirs)])
+    _expect((mine - other).abs().max().item(), 0.0, _AGREEMENT_WITH_TORCH, "largest difference")
+
+
+def _check_quiet() -> None:
+    """Gradients below the limit keep every bit."""
+    parameters = _parameters(torch.float32)
+    gradclip_ext.clip_grad_norm_(parameters, 1e6)
+    for gradient, original in zip(
+        _gradients(parameters), _gradients(_parameters(torch.float32)), strict=True
+    ):
+        if not torch.equal(gradient, original):
+            raise AssertionError("a gradient below the limit was changed")
+
+
+def _check_value() -> None:
+    """Elements are limited as torch limits them."""
+    ours, theirs = _parameters(torch.float32), _parameters(torch.float32)
+    gradclip_ext.clip_grad_value_(ours, 0.5)
+    torch.nn.utils.clip_grad_value_(theirs, 0.5)
+    for mine, other in zip(_gradients(ours), _gradients(theirs), strict=True):
+        if not torch.equal(mine, other):
+            raise AssertionError("a limited gradient differs from torch's")
+
+
+_CHECKS: dict[str, Callable[[], None]] = {
+    "norm and clipping in float32 against float64": lambda: _check_norm(torch.float32),
+    "norm and clipping in float64 against exact sums": lambda: _check_norm(torch.float64),
+    "norm and clipping in float16 against float64": lambda: _check_norm(torch.float16),
+    "norm and clipping in bfloat16 against float64": lambda: _check_norm(torch.bfloat16),
+    "L2 norm and clipping against torch.nn.utils": lambda: _check_torch(2.0),
+    "L1 norm and clipping against torch.nn.utils": lambda: _check_torch(1.0),
+    "inf norm and clipping against torch.nn.utils": lambda: _check_torch(math.inf),
+    "nothing is written when nothing is clipped": _check_quiet,
+    "clip_grad_value_ against torch.nn.utils": _check_value,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
