@@ -18,11 +18,11 @@ namespace gradclip {
 inline constexpr int64_t kTileBytes = 16 * 1024;
 
 GRADCLIP_HOST_DEVICE constexpr int64_t tile_elements(DType dtype) {
-  return kTileBytes / element_size(dtype);
+  return kTileBytes >> element_shift(dtype);
 }
 
 GRADCLIP_HOST_DEVICE constexpr int64_t tile_count(const Span& span) {
-  return (span.numel + tile_elements(span.dtype) - 1) / tile_elements(span.dtype);
+  return (span.numel * element_size(span.dtype) + kTileBytes - 1) / kTileBytes;
 }
 
 // Half-open.
@@ -90,9 +90,9 @@ class FlatIndex {
   // The part of `tensor` that lies in `tile`.
   Span part(int64_t tensor, int64_t tile) const {
     const Span& span = spans_[static_cast<size_t>(tensor)];
-    const int64_t offset = (tile - first_tile(tensor)) * tile_elements(span.dtype);
-    return {static_cast<char*>(span.data) + offset * element_size(span.dtype),
-            std::min(tile_elements(span.dtype), span.numel - offset), span.dtype};
+    const int64_t offset = (tile - first_tile(tensor)) * kTileBytes;
+    const int64_t bytes = std::min(kTileBytes, span.numel * element_size(span.dtype) - offset);
+    return {static_cast<char*>(span.data) + offset, bytes >> element_shift(span.dtype), span.dtype};
   }
 
  private:
@@ -104,22 +104,22 @@ class FlatIndex {
 
 enum class Direction { kForward, kBackward };
 
-// The one place that fixes the order in which a worker visits its tiles: measuring walks forward,
-// scaling backward, so that what was read last, and is still in cache, is written first.
-// Calls visit(tensor, part) for each tile.
+// The one place that fixes the order in which tiles are visited: measuring walks forward, scaling
+// backward, so that what was read last, and is still in cache, is written first. Calls
+// visit(tensor, tile, part) for each tile.
 template <Direction kDirection, class Visit>
 void walk_tiles(const FlatIndex& index, Range tiles, const Visit& visit) {
   if constexpr (kDirection == Direction::kForward) {
     int64_t tensor = index.tensor_of(tiles.begin);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
-      visit(tensor, index.part(tensor, tile));
+      visit(tensor, tile, index.part(tensor, tile));
     }
   } else {
     int64_t tensor = index.tensor_of(tiles.end - 1);
     for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
       if (tile < index.first_tile(tensor)) --tensor;
-      visit(tensor, index.part(tensor, tile));
+      visit(tensor, tile, index.part(tensor, tile));
     }
   }
 }

@@ -19,15 +19,12 @@ GRADCLIP_INLINE double map(double value) {
   return kNorm == Norm::kL2 ? value * value : std::fabs(value);
 }
 
-// Knuth's TwoSum, lane by lane: sums + compensations grows by exactly chain.
-GRADCLIP_INLINE void add_chain(double (&sums)[kLanes], double (&compensations)[kLanes],
-                               const double (&chain)[kLanes]) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const double total = sums[lane] + chain[lane];
-    const double added = total - sums[lane];
-    compensations[lane] += (sums[lane] - (total - added)) + (chain[lane] - added);
-    sums[lane] = total;
-  }
+// A sum and what rounding took from it (Knuth's TwoSum): together they grow by exactly `value`.
+GRADCLIP_INLINE void add_compensated(double* sum, double* compensation, double value) {
+  const double total = *sum + value;
+  const double added = total - *sum;
+  *compensation += (*sum - (total - added)) + (value - added);
+  *sum = total;
 }
 
 template <Norm kNorm, class Real>
@@ -43,17 +40,23 @@ double sum(const Real* values, int64_t count) {
         chain[lane] += map<kNorm>(values[i + step + lane]);
       }
     }
-    add_chain(sums, compensations, chain);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      add_compensated(&sums[lane], &compensations[lane], chain[lane]);
+    }
   }
   double tail[kLanes] = {};
   for (; i < count; ++i) tail[i % kLanes] += map<kNorm>(values[i]);
-  add_chain(sums, compensations, tail);
-  PowerSum result(kNorm);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    result.add(sums[lane]);
-    if (std::isfinite(sums[lane])) result.add(compensations[lane]);
+    add_compensated(&sums[lane], &compensations[lane], tail[lane]);
   }
-  return result.value();
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      add_compensated(&sums[lane], &compensations[lane], sums[lane + half]);
+      compensations[lane] += compensations[lane + half];
+    }
+  }
+  // Once the sum is not finite the compensation holds inf - inf and means nothing.
+  return std::isfinite(sums[0]) ? sums[0] + compensations[0] : sums[0];
 }
 
 // Magnitudes compare as integers: NaN > inf > finite, so nothing has to be tested for.
