@@ -73,9 +73,7 @@ def _describe(value: Any) -> str:
 
 def item_error(item: Any, function: str, argument: str, index: int) -> TypeError:
     """The error for an element of ``parameters`` or ``tensors`` that is not a tensor."""
-    message = (
-        f"{function}: {argument}[{index}] has to be a torch.Tensor, found {_describe(item)}"
-    )
+    message = f"{function}: {argument}[{index}] has to be a torch.Tensor, found {_describe(item)}"
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
         message += "; pass model.parameters() instead of model.named_parameters()"
     elif isinstance(item, Mapping) and "params" in item:

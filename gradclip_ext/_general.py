@@ -122,8 +122,7 @@ def _observed() -> bool:
 def _overlaps_itself(tensor: Tensor) -> bool:
     """What torch's in-place operations refuse: a stretched dimension, as ``expand`` makes."""
     return any(
-        stride == 0 and size > 1
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 

@@ -24,7 +24,7 @@ def device_has_foreach_support(device: torch.device) -> bool:
 
 def has_foreach_support(tensors: list[torch.Tensor], device: torch.device) -> bool:
     """Whether ``foreach=None`` chooses the multi-tensor operations for these tensors."""
-    return bool(_has_foreach_support(tensors, device))  # type: ignore[arg-type]
+    return bool(_has_foreach_support(tensors, device))
 
 
 def foreach_mul_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the tests compare with: float64 references, tolerances per dtype, and ways to make gradients.
+"""What the tests compare with: float64 references, tolerances, and ways to make gradients.
 
 The reference takes the values as they are stored, widens them to float64 and computes there; it is
 independent of torch.nn.utils, whose results are compared separately.

@@ -25,9 +25,7 @@ def check_clip(gradients, max_norm, order=2.0, foreach=None):
     """Clip, compare norm and every element with the reference; returns the norm."""
     before = [ref.widened(gradient) for gradient in gradients]
     expected = ref.reference_norm(gradients, order)
-    norm = gradclip_ext.clip_grad_norm_(
-        ref.parameters(gradients), max_norm, order, foreach=foreach
-    )
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, order, foreach=foreach)
     ref.assert_norm(norm, before, order)
     coefficient = ref.reference_coefficient(max_norm, expected)
     for gradient, original in zip(gradients, before, strict=True):

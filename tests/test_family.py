@@ -58,8 +58,10 @@ class TestClipGradsWithNorm:
             torch.tensor([[4.0]], requires_grad=True),
             torch.nn.Parameter(torch.tensor(4.0)),
         ],
-        ids=lambda norm: f"{type(norm).__name__}-{getattr(norm, 'dtype', '')}".removesuffix("-")
-        + str(list(getattr(norm, "shape", ""))),
+        ids=lambda norm: (
+            f"{type(norm).__name__}-{getattr(norm, 'dtype', '')}".removesuffix("-")
+            + str(list(getattr(norm, "shape", "")))
+        ),
     )
     @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
     def test_norm_may_come_in_any_form(self, norm, mixed):

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradclip_ext
 from gradclip_ext import _C
 
-
 # Older releases break the graph in torch.nn.utils' own clipping.
 WITHOUT_GRAPH_BREAKS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 

@@ -28,7 +28,7 @@ def gradient(draw):
         order = draw(st.permutations(range(tensor.dim())))
         tensor = tensor.permute(order)
     if tensor.dim() >= 1 and tensor.shape[-1] > 2 and draw(st.booleans()):
-        tensor = tensor[..., 1:: draw(st.integers(1, 2))]
+        tensor = tensor[..., 1 :: draw(st.integers(1, 2))]
     return tensor
 
 

@@ -53,9 +53,8 @@ double power_sum(const Gradients& gradients, Norm norm) {
   if (index.tensors() == 0) return 0.0;
   std::vector<double> slots(
       static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
-  for_all_workers(index, /*serial=*/false, [&](Range workers) {
-    cpu::power_sums(index, norm, workers, slots.data());
-  });
+  for_all_workers(index, /*serial=*/false,
+                  [&](Range workers) { cpu::power_sums(index, norm, workers, slots.data()); });
   PowerSum total(norm);
   for (const double partial : slots) total.add(partial);
   return total.value();
@@ -65,9 +64,8 @@ void scale_(const Gradients& gradients, double coefficient) {
   gradients.bump_versions();
   // Not >= 1: NaN has to reach the gradients.
   if (coefficient == 1.0) return;
-  write(gradients, [&](const FlatIndex& index, Range workers) {
-    cpu::scale(index, coefficient, workers);
-  });
+  write(gradients,
+        [&](const FlatIndex& index, Range workers) { cpu::scale(index, coefficient, workers); });
 }
 
 void clamp_(const Gradients& gradients, double bound) {

@@ -2,9 +2,8 @@
 // Python headers, which take longer to compile than everything else together.
 #pragma once
 
-#include <Python.h>
-
 #include <ATen/core/Tensor.h>
+#include <Python.h>
 #include <c10/core/ScalarType.h>
 
 #include <optional>

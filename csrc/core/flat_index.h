@@ -1,6 +1,6 @@
-// The flat index space: all gradients laid end to end and cut into tiles of a fixed number of bytes.
-// Workers (CPU tasks, CUDA blocks) own contiguous ranges of tiles, whatever tensors they belong to,
-// so the load is balanced for any mixture of shapes and dtypes.
+// The flat index space: all gradients laid end to end and cut into tiles of a fixed number of
+// bytes. Workers (CPU tasks, CUDA blocks) own contiguous ranges of tiles, whatever tensors they
+// belong to, so the load is balanced for any mixture of shapes and dtypes.
 #pragma once
 
 #include <algorithm>
@@ -83,9 +83,7 @@ class FlatIndex {
   int64_t bytes() const { return bytes_; }
 
   int64_t first_tile(int64_t tensor) const { return first_tile_[static_cast<size_t>(tensor)]; }
-  int64_t tensor_of(int64_t tile) const {
-    return find_tensor(first_tile_.data(), tensors(), tile);
-  }
+  int64_t tensor_of(int64_t tile) const { return find_tensor(first_tile_.data(), tensors(), tile); }
 
   // The part of `tensor` that lies in `tile`.
   Span part(int64_t tensor, int64_t tile) const {

@@ -27,8 +27,8 @@ class PowerSum {
       return;
     }
     const double total = sum_ + partial;
-    compensation_ += std::fabs(sum_) >= std::fabs(partial) ? (sum_ - total) + partial
-                                                           : (partial - total) + sum_;
+    compensation_ +=
+        std::fabs(sum_) >= std::fabs(partial) ? (sum_ - total) + partial : (partial - total) + sum_;
     sum_ = total;
   }
 

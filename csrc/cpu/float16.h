@@ -43,7 +43,8 @@ GRADCLIP_INLINE float widen(BFloat16 value) {
 GRADCLIP_INLINE float widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t subnormal =
+      bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t normal = (magnitude << 13) + ((127u - 15u) << 23);
   const uint32_t inf_or_nan = (magnitude << 13) | 0x7f800000u;
   return float_of(sign | select(magnitude < 0x0400u, subnormal,

@@ -219,11 +219,11 @@ int main() {
   // More tiles than workers, with borders of tensors inside and on the borders of workers.
   List large;
   for (int64_t i = 0; i < 40; ++i) {
-    large.push_back({gradclip::tile_elements(dtypes[i % 4]) * (i + 1) + (i % 3 == 0 ? i : 0),
-                     dtypes[i % 4]});
+    large.push_back(
+        {gradclip::tile_elements(dtypes[i % 4]) * (i + 1) + (i % 3 == 0 ? i : 0), dtypes[i % 4]});
   }
-  for (int64_t i = 0; i < 600; ++i) large.push_back({gradclip::tile_elements(DType::kFloat64),
-                                                     DType::kFloat64});
+  for (int64_t i = 0; i < 600; ++i)
+    large.push_back({gradclip::tile_elements(DType::kFloat64), DType::kFloat64});
   gradclip::test_list(large);
   std::printf("%d checks\n", gradclip::checks);
   return 0;
