@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gradclip_ext import _C, _arguments, _general
 
@@ -69,13 +70,10 @@ def clip_grad_norm_(
     order = _arguments.norm_order(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    if not torch.compiler.is_compiling():
-        if isinstance(limit, Tensor):
-            limit = _read_limit(limit)
-        if not isinstance(limit, Tensor):
-            norm: Tensor | None = _C.clip_grad_norm_(
-                parameter_list, limit, order, error_if_nonfinite, dtype
-            )
+    if not is_compiling():
+        limit = _read_limit(limit)
+        if type(limit) is float:
+            norm = _C.clip_grad_norm_(parameter_list, limit, order, error_if_nonfinite, dtype)
             if norm is not None:
                 return norm
     return _general.clip_grad_norm_(
@@ -115,8 +113,8 @@ def get_total_norm(
     order = _arguments.norm_order(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    if not torch.compiler.is_compiling():
-        norm: Tensor | None = _C.get_total_norm(tensor_list, order, error_if_nonfinite, dtype)
+    if not is_compiling():
+        norm = _C.get_total_norm(tensor_list, order, error_if_nonfinite, dtype)
         if norm is not None:
             return norm
     return _general.get_total_norm(tensor_list, order, error_if_nonfinite, foreach, dtype)
@@ -150,14 +148,13 @@ def clip_grads_with_norm_(
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     limit = _arguments.limit(max_norm, function)
     norm = _arguments.given_norm(total_norm, function)
-    if not torch.compiler.is_compiling():
-        if isinstance(limit, Tensor):
-            limit = _read_limit(limit)
-        known = _read_number(norm) if isinstance(norm, Tensor) else norm
+    if not is_compiling():
+        limit = _read_limit(limit)
+        norm = _read_number(norm)
         if (
-            not isinstance(limit, Tensor)
-            and not isinstance(known, Tensor)
-            and _C.clip_grads_with_norm_(parameter_list, limit, known)
+            type(limit) is float
+            and type(norm) is float
+            and _C.clip_grads_with_norm_(parameter_list, limit, norm)
         ):
             return
     _general.clip_grads_with_norm_(parameter_list, limit, norm, foreach)
@@ -187,21 +184,19 @@ def clip_grad_value_(
     function = "clip_grad_value_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     bound = _arguments.bound(clip_value, function)
-    if not torch.compiler.is_compiling() and _C.clip_grad_value_(parameter_list, bound):
+    if not is_compiling() and _C.clip_grad_value_(parameter_list, bound):
         return
     _general.clip_grad_value_(parameter_list, bound, foreach)
 
 
-def _read_number(tensor: Tensor) -> float | Tensor:
-    """The number in a tensor where reading it costs no device sync and nobody is watching."""
-    if tensor.device.type == "cpu" and type(tensor) is Tensor and not _C.observed():
-        return float(tensor.item())
-    return tensor
+def _read_number(value: float | Tensor) -> float | Tensor:
+    """The number in a tensor, where reading it costs no device sync and nobody is watching."""
+    if type(value) is Tensor and value.device.type == "cpu" and not _C.observed():
+        return float(value.item())
+    return value
 
 
-def _read_limit(max_norm: Tensor) -> float | Tensor:
-    """As :func:`_read_number`; negative counts as NaN, as it does on devices."""
+def _read_limit(max_norm: float | Tensor) -> float | Tensor:
+    """As :func:`_read_number`; a negative number in a tensor counts as NaN, as on devices."""
     number = _read_number(max_norm)
-    if isinstance(number, Tensor) or number >= 0.0:
-        return number
-    return math.nan
+    return math.nan if type(number) is float and number < 0.0 else number

@@ -350,3 +350,52 @@ def test_foreach_true_where_there_is_no_foreach():
             call(gradclip_ext)
         assert str(ours.value) == str(torchs.value)
     assert plain.item() == 5.0
+
+
+class TestDistributedTensors:
+    @pytest.fixture
+    def mesh(self):
+        distributed = pytest.importorskip("torch.distributed")
+        if not distributed.is_available():
+            pytest.skip("this torch has no torch.distributed")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        store = distributed.HashStore()
+        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        distributed.destroy_process_group()
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_dtensors_go_as_in_torch(self, mesh):
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+        def make():
+            parameters = []
+            for values in (torch.tensor([3.0, 4.0]), torch.full((2, 2), 6.0)):
+                parameter = torch.nn.Parameter(
+                    distribute_tensor(torch.zeros_like(values), mesh, [Shard(0)])
+                )
+                parameter.grad = distribute_tensor(values, mesh, [Shard(0)])
+                parameters.append(parameter)
+            return parameters
+
+        ours, theirs = make(), make()
+        norm = gradclip_ext.clip_grad_norm_(ours, 1.0)
+        torch_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        assert type(norm) is type(torch_norm) is DTensor
+        assert norm.full_tensor().item() == torch_norm.full_tensor().item() == 13.0
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.grad.to_local(), other.grad.to_local())
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_dtensor_beside_a_plain_gradient(self, mesh):
+        # Torch raises: it cannot mix the two.
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        weight = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
+        weight.grad = distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)])
+        plain = torch.tensor([12.0])
+        norm = gradclip_ext.clip_grad_norm_([ref.parameter(plain), weight], 1.3)
+        assert norm.item() == 13.0
+        assert plain.item() == pytest.approx(1.2, rel=1e-6)
+        assert weight.grad.to_local().tolist() == pytest.approx([0.3, 0.4], rel=1e-6)

@@ -33,7 +33,7 @@ check() (
   "$python" -m pip install --quiet "torch==$version" setuptools ninja pybind11 \
     pytest hypothesis numpy
   # From an sdist: no file that a build in the source folder left behind can help.
-  rm -rf "$tree"
+  rm -rf "$tree" "$folder/$version/dist"
   mkdir -p "$tree"
   "$python" setup.py --quiet sdist --dist-dir "$folder/$version/dist"
   tar -xzf "$folder/$version"/dist/*.tar.gz -C "$tree" --strip-components 1
