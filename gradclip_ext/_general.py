@@ -121,7 +121,7 @@ def _observed() -> bool:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """What torch's in-place operations refuse: a stretched dimension, as ``expand`` makes."""
-    return any(
+    return tensor.numel() > 0 and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 

@@ -125,6 +125,9 @@ class TestClipGradValue:
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), math.inf)
         assert gradient.tolist() == [math.inf, float(torch.tensor(-1e30)), 2.0]
 
+    def test_empty_view_with_a_stretched_dimension_is_no_overlap(self):
+        gradclip_ext.clip_grad_value_(ref.parameter(torch.empty(1, 0).expand(4, 0)), 1.0)
+
     def test_zero_bound_zeroes(self):
         gradient = torch.tensor([3.0, -2.0])
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0)

@@ -1,4 +1,4 @@
-// float16 and bfloat16 to float32 and back, in integer operations that every compiler vectorizes.
+// float16 and bfloat16 to float32 and back, one number at a time.
 // Rounds to nearest, ties to even; keeps subnormals, infinities and NaN, also while the processor
 // flushes float32 subnormals to zero (torch.set_flush_denormal).
 #pragma once

@@ -1,181 +1,354 @@
-// The generic body of the CPU kernels: plain loops over lanes, written so that the compiler turns
-// them into the vectors of whatever instruction set the including file is compiled for. It is
-// included once per instruction set, inside a namespace of its own, and has no include guard.
+// The generic body of the CPU kernels. A file that includes it first defines kVectorBytes, the
+// width of the machine's registers, and selects the instruction set; then it includes this inside a
+// namespace of its own. It has no include guard: one program holds it once per instruction set.
 //
-// Sums are taken in float64 from the first addition on: a float32 square never overflows or
-// vanishes there, and memory, not arithmetic, is what takes the time. Each lane adds kChain numbers
-// before they go into a compensated sum, so the error does not grow with the size.
+// Vectors are the compiler's own (gcc's and clang's vector_size), so the same lines become SSE2,
+// NEON, AVX2 or AVX-512. They are spelled out, and not left to the auto-vectorizer, because that
+// keeps its hands off sums, whose order it may not change.
+//
+// Every value is widened to float64 before it is squared or added: nothing overflows or vanishes
+// there that was finite in float32 or 16 bits, and memory, not arithmetic, is what takes the time.
 
-constexpr int64_t kLanes = 8;
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
+// As many float32 as a vector has float64, and as many 16-bit numbers as it has float32.
+typedef float FewFloats __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+// The same in memory, where gradients lie at any multiple of their element size. Always to be
+// named: `auto` and template parameters drop the alignment and assume that of a whole vector.
+typedef float StoredFloats __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef float StoredFewFloats __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+typedef double StoredDoubles __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef uint16_t StoredHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+constexpr int64_t kFloats = kVectorBytes / 4;
+constexpr int64_t kDoubles = kVectorBytes / 8;
+
+// Additions in a row before the sum goes into a compensated one. Rounding errors of equal values
+// all point the same way, so the row has to be short.
 constexpr int64_t kChain = 8;
-constexpr int64_t kBlock = kLanes * kChain;
-constexpr int64_t kStaged = 512;  // 16-bit elements widened at a time: 2 KB, always in L1
 
-// A coefficient this small would lose bits, or vanish, as a float32.
+// A coefficient this small would lose bits, or vanish, in float32.
 constexpr double kSmallestFloatCoefficient = 0x1p-100;
 
+GRADCLIP_INLINE Doubles load(const double* values) {
+  return *reinterpret_cast<const StoredDoubles*>(values);
+}
+
+GRADCLIP_INLINE Floats load(const float* values) {
+  return *reinterpret_cast<const StoredFloats*>(values);
+}
+
+GRADCLIP_INLINE void store(Floats vector, float* values) {
+  *reinterpret_cast<StoredFloats*>(values) = vector;
+}
+
+GRADCLIP_INLINE void store(Doubles vector, double* values) {
+  *reinterpret_cast<StoredDoubles*>(values) = vector;
+}
+
+GRADCLIP_INLINE Floats load(const BFloat16* values) {
+  const Halves bits = *reinterpret_cast<const StoredHalves*>(values);
+  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+
+// See float16.h for the scalar originals of the next three.
+GRADCLIP_INLINE void store(Floats vector, BFloat16* values) {
+  const Words bits = reinterpret_cast<Words>(vector);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Ints magnitude = reinterpret_cast<Ints>(bits & 0x7fffffffu);
+  const Words result = magnitude > 0x7f800000 ? Words{} + 0x7fc0u : rounded;
+  *reinterpret_cast<StoredHalves*>(values) = __builtin_convertvector(result, Halves);
+}
+
+#if GRADCLIP_F16C_BITS == 256
+GRADCLIP_INLINE Floats load(const Float16* values) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+}
+
+GRADCLIP_INLINE void store(Floats vector, Float16* values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values),
+                   _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif GRADCLIP_F16C_BITS == 512
+GRADCLIP_INLINE Floats load(const Float16* values) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+}
+
+GRADCLIP_INLINE void store(Floats vector, Float16* values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values),
+                      _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+GRADCLIP_INLINE Floats load(const Float16* values) {
+  const Halves halves = *reinterpret_cast<const StoredHalves*>(values);
+  const Words bits = __builtin_convertvector(halves, Words);
+  const Words sign = (bits & 0x8000u) << 16;
+  const Words magnitude = bits & 0x7fffu;
+  const Ints number = reinterpret_cast<Ints>(magnitude);
+  const Words subnormal =
+      reinterpret_cast<Words>(__builtin_convertvector(number, Floats) * 0x1p-24f);
+  const Words normal = (magnitude << 13) + ((127u - 15u) << 23);
+  const Words inf_or_nan = (magnitude << 13) | 0x7f800000u;
+  return reinterpret_cast<Floats>(
+      sign | (number < 0x0400 ? subnormal : (number >= 0x7c00 ? inf_or_nan : normal)));
+}
+
+GRADCLIP_INLINE void store(Floats vector, Float16* values) {
+  const Words bits = reinterpret_cast<Words>(vector);
+  const Words sign = (bits >> 16) & 0x8000u;
+  const Words magnitude = bits & 0x7fffffffu;
+  const Ints number = reinterpret_cast<Ints>(magnitude);
+  const Words subnormal =
+      reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t rebias = static_cast<uint32_t>(15 - 127) << 23;
+  const Words normal = (magnitude + (rebias + 0x0fffu) + ((magnitude >> 13) & 1u)) >> 13;
+  const Words inf_or_nan = number > 0x7f800000 ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+  const Words rounded = number < 0x38800000 ? subnormal : number < 0x477ff000 ? normal : inf_or_nan;
+  *reinterpret_cast<StoredHalves*>(values) = __builtin_convertvector(sign | rounded, Halves);
+}
+#endif
+
+GRADCLIP_INLINE double widen(double value) { return value; }
+GRADCLIP_INLINE float widen(float value) { return value; }
+GRADCLIP_INLINE void narrow(float value, float* result) { *result = value; }
+
+// As many float32 as a vector holds, in float64.
+struct TwoDoubles {
+  Doubles first;
+  Doubles second;
+};
+
+// Two short loads, where one long load would need a shuffle to be taken apart.
+GRADCLIP_INLINE TwoDoubles load_widened(const float* values) {
+  const StoredFewFloats* few = reinterpret_cast<const StoredFewFloats*>(values);
+  return {__builtin_convertvector(few[0], Doubles), __builtin_convertvector(few[1], Doubles)};
+}
+
+GRADCLIP_INLINE TwoDoubles load_widened(const double* values) {
+  return {load(values), load(values + kDoubles)};
+}
+
+template <class Half>
+GRADCLIP_INLINE TwoDoubles load_widened(const Half* values) {
+  const Floats floats = load(values);
+  FewFloats few[2];
+  std::memcpy(few, &floats, sizeof few);
+  return {__builtin_convertvector(few[0], Doubles), __builtin_convertvector(few[1], Doubles)};
+}
+
+GRADCLIP_INLINE Ints magnitude_bits(Floats vector) {
+  return reinterpret_cast<Ints>(vector) & std::numeric_limits<int32_t>::max();
+}
+
+GRADCLIP_INLINE Longs magnitude_bits(Doubles vector) {
+  return reinterpret_cast<Longs>(vector) & std::numeric_limits<int64_t>::max();
+}
+
+template <Norm kNorm, class Vector>
+GRADCLIP_INLINE Vector map(Vector vector) {
+  if constexpr (kNorm == Norm::kL2) {
+    return vector * vector;
+  } else {
+    return reinterpret_cast<Vector>(magnitude_bits(vector));
+  }
+}
+
 template <Norm kNorm>
-GRADCLIP_INLINE double map(double value) {
+GRADCLIP_INLINE double map_one(double value) {
   return kNorm == Norm::kL2 ? value * value : std::fabs(value);
 }
 
-// A sum and what rounding took from it (Knuth's TwoSum): together they grow by exactly `value`.
-GRADCLIP_INLINE void add_compensated(double* sum, double* compensation, double value) {
-  const double total = *sum + value;
-  const double added = total - *sum;
-  *compensation += (*sum - (total - added)) + (value - added);
-  *sum = total;
-}
-
-template <Norm kNorm, class Real>
-double sum(const Real* values, int64_t count) {
-  double sums[kLanes] = {};
-  double compensations[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    double chain[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) chain[lane] = map<kNorm>(values[i + lane]);
-    for (int64_t step = kLanes; step < kBlock; step += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        chain[lane] += map<kNorm>(values[i + step + lane]);
-      }
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      add_compensated(&sums[lane], &compensations[lane], chain[lane]);
-    }
-  }
-  double tail[kLanes] = {};
-  for (; i < count; ++i) tail[i % kLanes] += map<kNorm>(values[i]);
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    add_compensated(&sums[lane], &compensations[lane], tail[lane]);
-  }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      add_compensated(&sums[lane], &compensations[lane], sums[lane + half]);
-      compensations[lane] += compensations[lane + half];
-    }
-  }
-  // Once the sum is not finite the compensation holds inf - inf and means nothing.
-  return std::isfinite(sums[0]) ? sums[0] + compensations[0] : sums[0];
-}
-
 // Magnitudes compare as integers: NaN > inf > finite, so nothing has to be tested for.
-template <class Real, class Integer>
-double largest_magnitude(const Real* values, int64_t count) {
-  Integer largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Integer bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    bits &= std::numeric_limits<Integer>::max();
-    largest = bits > largest ? bits : largest;
+template <class Element>
+double largest_magnitude(const Element* values, int64_t count) {
+  Ints even = {};
+  Ints odd = {};
+  int64_t i = 0;
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+    const Ints first = magnitude_bits(load(values + i));
+    const Ints second = magnitude_bits(load(values + i + kFloats));
+    even = first > even ? first : even;
+    odd = second > odd ? second : odd;
   }
-  Real result;
+  even = odd > even ? odd : even;
+  int32_t largest = 0;
+  for (int64_t lane = 0; lane < kFloats; ++lane) largest = std::max<int32_t>(largest, even[lane]);
+  for (; i < count; ++i) {
+    const uint32_t bits = bits_of(widen(values[i])) & 0x7fffffffu;
+    largest = std::max(largest, static_cast<int32_t>(bits));
+  }
+  return float_of(static_cast<uint32_t>(largest));
+}
+
+double largest_magnitude(const double* values, int64_t count) {
+  Longs even = {};
+  Longs odd = {};
+  int64_t i = 0;
+  for (; i + 2 * kDoubles <= count; i += 2 * kDoubles) {
+    const Longs first = magnitude_bits(load(values + i));
+    const Longs second = magnitude_bits(load(values + i + kDoubles));
+    even = first > even ? first : even;
+    odd = second > odd ? second : odd;
+  }
+  even = odd > even ? odd : even;
+  int64_t largest = 0;
+  for (int64_t lane = 0; lane < kDoubles; ++lane) largest = std::max<int64_t>(largest, even[lane]);
+  for (; i < count; ++i) {
+    int64_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    largest = std::max(largest, bits & std::numeric_limits<int64_t>::max());
+  }
+  double result;
   std::memcpy(&result, &largest, sizeof result);
   return result;
 }
 
-template <class Real>
-double power_sum_of(Norm norm, const Real* values, int64_t count) {
+// A sum and what rounding took from it (Knuth's TwoSum): together they grow by exactly `value`.
+template <class Value>
+GRADCLIP_INLINE void add_compensated(Value* sum, Value* compensation, Value value) {
+  const Value total = *sum + value;
+  const Value added = total - *sum;
+  *compensation += (*sum - (total - added)) + (value - added);
+  *sum = total;
+}
+
+template <Norm kNorm, class Element>
+double sum(const Element* values, int64_t count) {
+  // Sums side by side, so that no addition waits for the one before; as many as registers allow.
+  constexpr int64_t kStreams = kVectorBytes == 16 ? 2 : 4;
+  constexpr int64_t kBlock = kChain * kStreams * kFloats;
+  Doubles sums[kStreams] = {};
+  Doubles compensations[kStreams] = {};
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    Doubles first[kStreams] = {};
+    Doubles second[kStreams] = {};
+#pragma GCC unroll 8
+    for (int64_t step = 0; step < kBlock; step += kStreams * kFloats) {
+#pragma GCC unroll 4
+      for (int64_t stream = 0; stream < kStreams; ++stream) {
+        const TwoDoubles widened = load_widened(values + i + step + stream * kFloats);
+        first[stream] += map<kNorm>(widened.first);
+        second[stream] += map<kNorm>(widened.second);
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      add_compensated(&sums[stream], &compensations[stream], first[stream] + second[stream]);
+    }
+  }
+  for (; i + kFloats <= count; i += kFloats) {
+    const TwoDoubles widened = load_widened(values + i);
+    add_compensated(&sums[0], &compensations[0],
+                    map<kNorm>(widened.first) + map<kNorm>(widened.second));
+  }
+  for (int64_t stream = 1; stream < kStreams; ++stream) {
+    add_compensated(&sums[0], &compensations[0], sums[stream]);
+    compensations[0] += compensations[stream];
+  }
+  double sum = 0.0;
+  double compensation = 0.0;
+  for (int64_t lane = 0; lane < kDoubles; ++lane) {
+    add_compensated(&sum, &compensation, static_cast<double>(sums[0][lane]));
+    compensation += compensations[0][lane];
+  }
+  for (; i < count; ++i) add_compensated(&sum, &compensation, map_one<kNorm>(widen(values[i])));
+  // Once the sum is not finite the compensation holds inf - inf and means nothing.
+  return std::isfinite(sum) ? sum + compensation : sum;
+}
+
+template <class Element>
+double power_sum_of(Norm norm, const Element* values, int64_t count) {
   switch (norm) {
     case Norm::kL1:
       return sum<Norm::kL1>(values, count);
     case Norm::kL2:
       return sum<Norm::kL2>(values, count);
     case Norm::kInf:
-      using Integer = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-      return largest_magnitude<Real, Integer>(values, count);
+      return largest_magnitude(values, count);
   }
   return 0.0;
 }
 
-// Hands the run to work(floats, count) in staged pieces of widened values; with kStore what work
-// left there is rounded back into the run.
-template <bool kStore, class Half, class Work>
-GRADCLIP_INLINE void staged(Half* values, int64_t count, const Work& work) {
-  alignas(64) float stage[kStaged];
-  for (int64_t begin = 0; begin < count; begin += kStaged) {
-    const int64_t length = std::min(kStaged, count - begin);
-    for (int64_t i = 0; i < length; ++i) stage[i] = widen(values[begin + i]);
-    work(stage, length);
-    if constexpr (kStore) {
-      for (int64_t i = 0; i < length; ++i) narrow(stage[i], values + begin + i);
-    }
-  }
-}
-
-template <class Half>
-double power_sum_of_halves(Norm norm, Half* values, int64_t count) {
-  PowerSum result(norm);
-  staged<false>(values, count, [&](const float* stage, int64_t length) {
-    result.add(power_sum_of(norm, stage, length));
-  });
-  return result.value();
-}
-
-double power_sum(Norm norm, const Span& run) {
-  switch (run.dtype) {
-    case DType::kFloat32:
-      return power_sum_of(norm, static_cast<const float*>(run.data), run.numel);
-    case DType::kFloat64:
-      return power_sum_of(norm, static_cast<const double*>(run.data), run.numel);
-    case DType::kFloat16:
-      return power_sum_of_halves(norm, static_cast<Float16*>(run.data), run.numel);
-    case DType::kBFloat16:
-      return power_sum_of_halves(norm, static_cast<BFloat16*>(run.data), run.numel);
-  }
-  return 0.0;
-}
-
-template <class Real, class Factor>
-GRADCLIP_INLINE void multiply(Real* values, int64_t count, Factor factor) {
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<Real>(values[i] * factor);
-}
-
-GRADCLIP_INLINE void multiply_floats(float* values, int64_t count, double coefficient) {
+template <class Element>
+void multiply(Element* values, int64_t count, double coefficient) {
   if (std::fabs(coefficient) < kSmallestFloatCoefficient) {
-    multiply(values, count, coefficient);
-  } else {
-    multiply(values, count, static_cast<float>(coefficient));
+    for (int64_t i = 0; i < count; ++i) {
+      narrow(static_cast<float>(widen(values[i]) * coefficient), values + i);
+    }
+    return;
   }
+  const float factor = static_cast<float>(coefficient);
+  int64_t i = 0;
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+    const Floats first = load(values + i) * factor;
+    const Floats second = load(values + i + kFloats) * factor;
+    store(first, values + i);
+    store(second, values + i + kFloats);
+  }
+  for (; i < count; ++i) narrow(widen(values[i]) * factor, values + i);
 }
 
-void scale(const Span& run, double coefficient) {
-  const auto multiply_stage = [&](float* stage, int64_t length) {
-    multiply_floats(stage, length, coefficient);
-  };
-  switch (run.dtype) {
-    case DType::kFloat32:
-      return multiply_floats(static_cast<float*>(run.data), run.numel, coefficient);
-    case DType::kFloat64:
-      return multiply(static_cast<double*>(run.data), run.numel, coefficient);
-    case DType::kFloat16:
-      return staged<true>(static_cast<Float16*>(run.data), run.numel, multiply_stage);
-    case DType::kBFloat16:
-      return staged<true>(static_cast<BFloat16*>(run.data), run.numel, multiply_stage);
-  }
+void multiply(double* values, int64_t count, double coefficient) {
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) store(load(values + i) * coefficient, values + i);
+  for (; i < count; ++i) values[i] *= coefficient;
 }
 
 // Written so that NaN, for which no comparison holds, is kept.
-template <class Real>
-GRADCLIP_INLINE void limit(Real* values, int64_t count, Real bound) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Real value = values[i] > bound ? bound : values[i];
-    values[i] = value < -bound ? -bound : value;
+template <class Value>
+GRADCLIP_INLINE Value limited(Value value, Value bound) {
+  value = value > bound ? bound : value;
+  return value < -bound ? -bound : value;
+}
+
+template <class Element>
+void limit(Element* values, int64_t count, double bound) {
+  const float float_bound = static_cast<float>(bound);
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    store(limited(load(values + i), Floats{} + float_bound), values + i);
+  }
+  for (; i < count; ++i) narrow(limited(widen(values[i]), float_bound), values + i);
+}
+
+void limit(double* values, int64_t count, double bound) {
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    store(limited(load(values + i), Doubles{} + bound), values + i);
+  }
+  for (; i < count; ++i) values[i] = limited(values[i], bound);
+}
+
+// Calls work with the run's data as a pointer to its element type.
+template <class Work>
+GRADCLIP_INLINE auto with_elements(const Span& run, const Work& work) {
+  switch (run.dtype) {
+    case DType::kFloat64:
+      return work(static_cast<double*>(run.data));
+    case DType::kFloat16:
+      return work(static_cast<Float16*>(run.data));
+    case DType::kBFloat16:
+      return work(static_cast<BFloat16*>(run.data));
+    default:
+      return work(static_cast<float*>(run.data));
   }
 }
 
+double power_sum(Norm norm, const Span& run) {
+  return with_elements(run,
+                       [&](const auto* values) { return power_sum_of(norm, values, run.numel); });
+}
+
+void scale(const Span& run, double coefficient) {
+  with_elements(run, [&](auto* values) { multiply(values, run.numel, coefficient); });
+}
+
 void clamp(const Span& run, double bound) {
-  const auto limit_stage = [&](float* stage, int64_t length) {
-    limit(stage, length, static_cast<float>(bound));
-  };
-  switch (run.dtype) {
-    case DType::kFloat32:
-      return limit_stage(static_cast<float*>(run.data), run.numel);
-    case DType::kFloat64:
-      return limit(static_cast<double*>(run.data), run.numel, bound);
-    case DType::kFloat16:
-      return staged<true>(static_cast<Float16*>(run.data), run.numel, limit_stage);
-    case DType::kBFloat16:
-      return staged<true>(static_cast<BFloat16*>(run.data), run.numel, limit_stage);
-  }
+  with_elements(run, [&](auto* values) { limit(values, run.numel, bound); });
 }

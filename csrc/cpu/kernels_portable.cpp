@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "core/norm.h"
 #include "core/span.h"
@@ -14,6 +13,7 @@
 
 namespace gradclip::cpu {
 namespace {
+constexpr int kVectorBytes = 16;
 #include "cpu/kernels_body.h"
 }  // namespace
 
