@@ -17,9 +17,9 @@ COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 NATIVE_ORDERS = (1.0, 2.0, math.inf)
 
 # Relative error of one scaled element: the coefficient rounded once to the compute dtype, one
-# product rounded in the compute dtype, one rounding to the stored dtype. For float64, where the norm
-# is computed in the same precision: its own two units, and a rounding each for adding the epsilon,
-# dividing and multiplying.
+# product rounded in the compute dtype, one rounding to the stored dtype. For float64, where the
+# norm is computed in the same precision: its own two units, and a rounding each for adding the
+# epsilon, dividing and multiplying.
 ELEMENT_TOLERANCE = {
     torch.float32: 2.0 * 2**-24,
     torch.float64: 7.0 * 2**-53,

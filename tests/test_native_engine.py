@@ -6,25 +6,122 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from gradclip_ext import _C
+
 ROOT = Path(__file__).resolve().parent.parent
+# From the narrowest to the widest; this machine runs those up to the one it has chosen.
+INSTRUCTION_SETS = ["portable", "avx2", "avx512"]
+AVAILABLE = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_C.instruction_set()) + 1]
+
+by_instruction_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 
 
-@pytest.mark.parametrize("standard", ["c++17", "c++20"])
-def test_engine_without_torch(standard, tmp_path):
+def skip_unless_available(instruction_set):
+    if instruction_set not in AVAILABLE:
+        pytest.skip(f"this processor has no {instruction_set}, or GRADCLIP_CPU rules it out")
+
+
+@pytest.fixture(scope="module", params=["c++17", "c++20"])
+def program(request, tmp_path_factory):
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    program = tmp_path / "test_engine"
+    path = tmp_path_factory.mktemp("native") / "test_engine"
     sources = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    warnings = ["-Wall", "-Wextra", "-Werror"]
     subprocess.run(
-        [compiler, f"-std={standard}", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
-        + [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)],
+        [compiler, f"-std={request.param}", "-O2", *warnings, "-pthread", f"-I{ROOT / 'csrc'}"]
+        + [*map(str, sources), "-o", str(path)],
         check=True,
     )
-    result = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    return path
+
+
+@by_instruction_set
+def test_engine_without_torch(program, instruction_set):
+    skip_unless_available(instruction_set)
+    result = subprocess.run(
+        [program],
+        env={**os.environ, "GRADCLIP_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) checks", result.stdout)[1]) > 100_000
+
+
+@by_instruction_set
+def test_python_tests_on_every_instruction_set(instruction_set):
+    skip_unless_available(instruction_set)
+    if instruction_set == AVAILABLE[-1]:
+        pytest.skip("the whole test run uses this one")
+    files = [
+        str(ROOT / "tests" / name)
+        for name in ("test_clip_grad_norm.py", "test_family.py", "test_known_bugs.py")
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "GRADCLIP_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 1000
+
+
+def import_with(instruction_set):
+    return subprocess.run(
+        [sys.executable, "-c", "from gradclip_ext import _C; print(_C.instruction_set())"],
+        env={**os.environ, "GRADCLIP_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_instruction_set_can_be_forced():
+    result = import_with("portable")
+    assert result.stdout.strip() == "portable", result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_import_error():
+    result = import_with("sse9")
+    assert result.returncode != 0
+    assert (
+        "ImportError: GRADCLIP_CPU is 'sse9', and has to be one of what this processor and build "
+        f"offer: {', '.join(reversed(AVAILABLE))}"
+    ) in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
+def test_wide_instructions_stay_in_their_own_kernels(tmp_path, instruction_set):
+    """No function that another file may share is compiled for a wide machine.
+
+    A weak symbol exists once in the program, and the linker may keep the copy that only a wide
+    machine can run.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    source = ROOT / f"csrc/cpu/kernels_{instruction_set}.cpp"
+    compiled = tmp_path / "kernels.o"
+    subprocess.run(
+        [compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-c", source, "-o", compiled],
+        check=True,
+    )
+    symbols = subprocess.run(
+        ["nm", "--demangle", compiled], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line for line in symbols if re.search(r" [WVu] ", line)] == []
+    defined = [line.split(maxsplit=2)[2] for line in symbols if re.search(r" [TDRB] ", line)]
+    table = {"avx2": "kAvx2Kernels", "avx512": "kAvx512Kernels"}[instruction_set]
+    assert defined == [f"gradclip::cpu::{table}"]

@@ -124,6 +124,8 @@ void py_set_device_mode_type(py::handle type) { set_device_mode_type(type.ptr())
 
 PYBIND11_MODULE(_C, m) {
   using py::arg;
+  // Here, where a wrong GRADCLIP_CPU becomes an ImportError, and not in the midst of a call.
+  cpu::kernels();
   m.doc() = "Native engine of gradclip_ext; see gradclip_ext.functional for the public functions.";
   m.def("clip_grad_norm_", &py_clip_grad_norm_, arg("parameters"), arg("max_norm"),
         arg("norm_type"), arg("error_if_nonfinite"), arg("dtype"));

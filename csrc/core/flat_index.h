@@ -100,25 +100,24 @@ class FlatIndex {
   int64_t bytes_ = 0;
 };
 
-enum class Direction { kForward, kBackward };
+// Calls visit(tensor, tile, part) for each tile, in ascending order: the order of measuring.
+template <class Visit>
+void walk_forward(const FlatIndex& index, Range tiles, const Visit& visit) {
+  int64_t tensor = index.tensor_of(tiles.begin);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
+    visit(tensor, tile, index.part(tensor, tile));
+  }
+}
 
-// The one place that fixes the order in which tiles are visited: measuring walks forward, scaling
-// backward, so that what was read last, and is still in cache, is written first. Calls
-// visit(tensor, tile, part) for each tile.
-template <Direction kDirection, class Visit>
-void walk_tiles(const FlatIndex& index, Range tiles, const Visit& visit) {
-  if constexpr (kDirection == Direction::kForward) {
-    int64_t tensor = index.tensor_of(tiles.begin);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
-      visit(tensor, tile, index.part(tensor, tile));
-    }
-  } else {
-    int64_t tensor = index.tensor_of(tiles.end - 1);
-    for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-      if (tile < index.first_tile(tensor)) --tensor;
-      visit(tensor, tile, index.part(tensor, tile));
-    }
+// The order of scaling: from the back, so that what was measured last, and is still in cache, is
+// written first. It goes back in strides of half a core's cache and forward within each of them,
+// because prefetchers run forward: going back tile by tile costs a quarter of memory bandwidth.
+template <class Visit>
+void walk_backward(const FlatIndex& index, Range tiles, const Visit& visit) {
+  constexpr int64_t kStrideTiles = 32;
+  for (int64_t end = tiles.end; end > tiles.begin; end -= kStrideTiles) {
+    walk_forward(index, {std::max(tiles.begin, end - kStrideTiles), end}, visit);
   }
 }
 

@@ -20,8 +20,6 @@ Range tiles_of_workers(const FlatIndex& index, Range workers) {
 
 }  // namespace
 
-const Kernels& kernels() { return kPortableKernels; }
-
 int64_t worker_count(const FlatIndex& index) { return std::min(index.tiles(), kMaxWorkers); }
 
 void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots) noexcept {
@@ -35,34 +33,31 @@ void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots)
   // between the one before and its own belongs to nobody.
   if (worker > 0 && index.first_tile(slot - worker) == tiles.begin) slots[slot - 1] = 0.0;
   PowerSum sum(norm);
-  walk_tiles<Direction::kForward>(
-      index, tiles, [&](int64_t tensor, int64_t tile, const Span& part) {
-        if (tile == worker_end) {
-          worker_end = tiles_of_worker(++worker, count, index.tiles()).end;
-        }
-        if (slot != slot_of(tensor, worker)) {
-          slots[slot] = sum.value();
-          sum = PowerSum(norm);
-          if (slot_of(tensor, worker) == slot + 2) slots[slot + 1] = 0.0;
-          slot = slot_of(tensor, worker);
-        }
-        sum.add(kernel.power_sum(norm, part));
-      });
+  walk_forward(index, tiles, [&](int64_t tensor, int64_t tile, const Span& part) {
+    if (tile == worker_end) {
+      worker_end = tiles_of_worker(++worker, count, index.tiles()).end;
+    }
+    if (slot != slot_of(tensor, worker)) {
+      slots[slot] = sum.value();
+      sum = PowerSum(norm);
+      if (slot_of(tensor, worker) == slot + 2) slots[slot + 1] = 0.0;
+      slot = slot_of(tensor, worker);
+    }
+    sum.add(kernel.power_sum(norm, part));
+  });
   slots[slot] = sum.value();
 }
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept {
   const Kernels& kernel = kernels();
-  walk_tiles<Direction::kBackward>(
-      index, tiles_of_workers(index, workers),
-      [&](int64_t, int64_t, const Span& part) { kernel.scale(part, coefficient); });
+  walk_backward(index, tiles_of_workers(index, workers),
+                [&](int64_t, int64_t, const Span& part) { kernel.scale(part, coefficient); });
 }
 
 void clamp(const FlatIndex& index, double bound, Range workers) noexcept {
   const Kernels& kernel = kernels();
-  walk_tiles<Direction::kBackward>(
-      index, tiles_of_workers(index, workers),
-      [&](int64_t, int64_t, const Span& part) { kernel.clamp(part, bound); });
+  walk_backward(index, tiles_of_workers(index, workers),
+                [&](int64_t, int64_t, const Span& part) { kernel.clamp(part, bound); });
 }
 
 }  // namespace gradclip::cpu

@@ -5,6 +5,14 @@
 #include "core/norm.h"
 #include "core/span.h"
 
+// Target regions are spelled as gcc wants them; other compilers and processors get the portable
+// kernels.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define GRADCLIP_WIDE_KERNELS 1
+#else
+#define GRADCLIP_WIDE_KERNELS 0
+#endif
+
 namespace gradclip::cpu {
 
 struct Kernels {
@@ -18,8 +26,14 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels;
+#if GRADCLIP_WIDE_KERNELS
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
 
-// The table in use on this machine.
+// The table in use: that of the widest instruction set the processor has, or the one that the
+// environment variable GRADCLIP_CPU names (portable, avx2 or avx512). Chosen at the first call,
+// which throws std::runtime_error if there is no such table or the processor cannot run it.
 const Kernels& kernels();
 
 }  // namespace gradclip::cpu

@@ -14,8 +14,9 @@ typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
-// As many float32 as a vector has float64, and as many 16-bit numbers as it has float32.
+// As many as a vector has float64 (FewFloats, FewWords) or float32 (Halves).
 typedef float FewFloats __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FewWords __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 // The same in memory, where gradients lie at any multiple of their element size. Always to be
@@ -23,6 +24,9 @@ typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef float StoredFloats __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef float StoredFewFloats __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 typedef double StoredDoubles __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef uint32_t StoredWords __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+typedef uint32_t StoredFewWords
+    __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint16_t StoredHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
 constexpr int64_t kFloats = kVectorBytes / 4;
@@ -51,20 +55,7 @@ GRADCLIP_INLINE void store(Doubles vector, double* values) {
   *reinterpret_cast<StoredDoubles*>(values) = vector;
 }
 
-GRADCLIP_INLINE Floats load(const BFloat16* values) {
-  const Halves bits = *reinterpret_cast<const StoredHalves*>(values);
-  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
-}
-
-// See float16.h for the scalar originals of the next three.
-GRADCLIP_INLINE void store(Floats vector, BFloat16* values) {
-  const Words bits = reinterpret_cast<Words>(vector);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Ints magnitude = reinterpret_cast<Ints>(bits & 0x7fffffffu);
-  const Words result = magnitude > 0x7f800000 ? Words{} + 0x7fc0u : rounded;
-  *reinterpret_cast<StoredHalves*>(values) = __builtin_convertvector(result, Halves);
-}
-
+// See float16.h for the scalar originals of the conversions.
 #if GRADCLIP_F16C_BITS == 256
 GRADCLIP_INLINE Floats load(const Float16* values) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
@@ -75,13 +66,17 @@ GRADCLIP_INLINE void store(Floats vector, Float16* values) {
                    _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif GRADCLIP_F16C_BITS == 512
+// gcc warns of its own header where the unmasked forms leave lanes undefined.
+constexpr __mmask16 kAllLanes = 0xffff;
+
 GRADCLIP_INLINE Floats load(const Float16* values) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  return _mm512_maskz_cvtph_ps(kAllLanes,
+                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
 
 GRADCLIP_INLINE void store(Floats vector, Float16* values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(values),
-                      _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+                      _mm512_maskz_cvtps_ph(kAllLanes, vector, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 GRADCLIP_INLINE Floats load(const Float16* values) {
@@ -117,7 +112,46 @@ GRADCLIP_INLINE double widen(double value) { return value; }
 GRADCLIP_INLINE float widen(float value) { return value; }
 GRADCLIP_INLINE void narrow(float value, float* result) { *result = value; }
 
-// As many float32 as a vector holds, in float64.
+// Two vectors of numbers that lie side by side, in an order that the format makes cheap.
+struct TwoFloats {
+  Floats first;
+  Floats second;
+};
+
+template <class Element>
+GRADCLIP_INLINE TwoFloats load_two(const Element* values) {
+  return {load(values), load(values + kFloats)};
+}
+
+template <class Element>
+GRADCLIP_INLINE void store_two(const TwoFloats& vectors, Element* values) {
+  store(vectors.first, values);
+  store(vectors.second, values + kFloats);
+}
+
+// A word holds two bfloat16, each of them the upper half of a float32: no shuffle is needed to make
+// one vector of the even and one of the odd numbers.
+constexpr uint32_t kUpperHalf = 0xffff0000u;
+
+GRADCLIP_INLINE TwoFloats load_two(const BFloat16* values) {
+  const Words words = *reinterpret_cast<const StoredWords*>(values);
+  return {reinterpret_cast<Floats>(words << 16), reinterpret_cast<Floats>(words & kUpperHalf)};
+}
+
+// The rounded number in the upper half of each word; what is left in the lower half means nothing.
+GRADCLIP_INLINE Words rounded_to_bfloat16(Floats vector) {
+  const Words bits = reinterpret_cast<Words>(vector);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Ints magnitude = reinterpret_cast<Ints>(bits & 0x7fffffffu);
+  return magnitude > 0x7f800000 ? Words{} + 0x7fc00000u : rounded;
+}
+
+GRADCLIP_INLINE void store_two(const TwoFloats& vectors, BFloat16* values) {
+  *reinterpret_cast<StoredWords*>(values) = (rounded_to_bfloat16(vectors.first) >> 16) |
+                                            (rounded_to_bfloat16(vectors.second) & kUpperHalf);
+}
+
+// As many numbers as a vector has float32, in float64.
 struct TwoDoubles {
   Doubles first;
   Doubles second;
@@ -133,8 +167,14 @@ GRADCLIP_INLINE TwoDoubles load_widened(const double* values) {
   return {load(values), load(values + kDoubles)};
 }
 
-template <class Half>
-GRADCLIP_INLINE TwoDoubles load_widened(const Half* values) {
+GRADCLIP_INLINE TwoDoubles load_widened(const BFloat16* values) {
+  const FewWords words = *reinterpret_cast<const StoredFewWords*>(values);
+  const FewFloats even = reinterpret_cast<FewFloats>(words << 16);
+  const FewFloats odd = reinterpret_cast<FewFloats>(words & kUpperHalf);
+  return {__builtin_convertvector(even, Doubles), __builtin_convertvector(odd, Doubles)};
+}
+
+GRADCLIP_INLINE TwoDoubles load_widened(const Float16* values) {
   const Floats floats = load(values);
   FewFloats few[2];
   std::memcpy(few, &floats, sizeof few);
@@ -170,8 +210,9 @@ double largest_magnitude(const Element* values, int64_t count) {
   Ints odd = {};
   int64_t i = 0;
   for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
-    const Ints first = magnitude_bits(load(values + i));
-    const Ints second = magnitude_bits(load(values + i + kFloats));
+    const TwoFloats two = load_two(values + i);
+    const Ints first = magnitude_bits(two.first);
+    const Ints second = magnitude_bits(two.second);
     even = first > even ? first : even;
     odd = second > odd ? second : odd;
   }
@@ -286,10 +327,8 @@ void multiply(Element* values, int64_t count, double coefficient) {
   const float factor = static_cast<float>(coefficient);
   int64_t i = 0;
   for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
-    const Floats first = load(values + i) * factor;
-    const Floats second = load(values + i + kFloats) * factor;
-    store(first, values + i);
-    store(second, values + i + kFloats);
+    const TwoFloats two = load_two(values + i);
+    store_two({two.first * factor, two.second * factor}, values + i);
   }
   for (; i < count; ++i) narrow(widen(values[i]) * factor, values + i);
 }
@@ -311,8 +350,11 @@ template <class Element>
 void limit(Element* values, int64_t count, double bound) {
   const float float_bound = static_cast<float>(bound);
   int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) {
-    store(limited(load(values + i), Floats{} + float_bound), values + i);
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+    const TwoFloats two = load_two(values + i);
+    store_two(
+        {limited(two.first, Floats{} + float_bound), limited(two.second, Floats{} + float_bound)},
+        values + i);
   }
   for (; i < count; ++i) narrow(limited(widen(values[i]), float_bound), values + i);
 }

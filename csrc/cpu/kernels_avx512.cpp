@@ -1,0 +1,33 @@
+// The CPU kernels for processors with AVX-512.
+//
+// Only what stands inside the region is compiled for them. Headers stay outside: a function of
+// theirs that is not inlined exists once in the program, and the linker may keep this file's copy.
+#include "cpu/kernels.h"
+
+#if GRADCLIP_WIDE_KERNELS
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "core/norm.h"
+#include "core/span.h"
+#include "cpu/float16.h"
+
+namespace gradclip::cpu {
+namespace {
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define GRADCLIP_F16C_BITS 512
+constexpr int kVectorBytes = 64;
+#include "cpu/kernels_body.h"
+#pragma GCC pop_options
+}  // namespace
+
+const Kernels kAvx512Kernels = {"avx512", power_sum, scale, clamp};
+
+}  // namespace gradclip::cpu
+#endif
