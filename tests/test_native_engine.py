@@ -26,19 +26,24 @@ def skip_unless_available(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}, or GRADCLIP_CPU rules it out")
 
 
-@pytest.fixture(scope="module", params=["c++17", "c++20"])
+BUILDS = {
+    "c++17": ["-std=c++17", "-O3"],
+    "c++20": ["-std=c++20", "-O3"],
+    "address and undefined behavior sanitizers": ["-std=c++17", "-O1", "-g"]
+    + ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread sanitizer": ["-std=c++17", "-O1", "-g", "-fsanitize=thread"],
+}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
 def program(request, tmp_path_factory):
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     path = tmp_path_factory.mktemp("native") / "test_engine"
     sources = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    subprocess.run(
-        [compiler, f"-std={request.param}", "-O2", *warnings, "-pthread", f"-I{ROOT / 'csrc'}"]
-        + [*map(str, sources), "-o", str(path)],
-        check=True,
-    )
+    options = [*BUILDS[request.param], "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run([compiler, *options, f"-I{ROOT / 'csrc'}", *sources, "-o", path], check=True)
     return path
 
 

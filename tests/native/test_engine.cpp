@@ -30,7 +30,8 @@ void check(bool condition, const char* what, int line) {
 }
 #define CHECK(condition) check(condition, #condition, __LINE__)
 
-constexpr int64_t kGuard = 64;  // elements before and after each tensor
+// Elements before and after each tensor; odd, so that tensors lie across vector borders.
+constexpr int64_t kGuard = 61;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 double read(const Span& span, int64_t i) {
