@@ -35,11 +35,6 @@ GRADCLIP_INLINE Vector map(Vector vector) {
   }
 }
 
-template <Norm kNorm>
-GRADCLIP_INLINE double map_one(double value) {
-  return kNorm == Norm::kL2 ? value * value : std::fabs(value);
-}
-
 // Magnitudes compare as integers: NaN > inf > finite, so nothing has to be tested for.
 template <class Element>
 double largest_magnitude(const Element* values, int64_t count) {
@@ -120,24 +115,33 @@ double sum(const Element* values, int64_t count) {
       add_compensated(&sums[stream], &compensations[stream], first[stream] + second[stream]);
     }
   }
-  for (; i + kFloats <= count; i += kFloats) {
-    const TwoDoubles widened = load_widened(values + i);
-    add_compensated(&sums[0], &compensations[0],
-                    map<kNorm>(widened.first) + map<kNorm>(widened.second));
-  }
-  for (int64_t stream = 1; stream < kStreams; ++stream) {
+  for (int64_t stream = 1; stream < kStreams && i > 0; ++stream) {
     add_compensated(&sums[0], &compensations[0], sums[stream]);
     compensations[0] += compensations[stream];
   }
-  double sum = 0.0;
-  double compensation = 0.0;
-  for (int64_t lane = 0; lane < kDoubles; ++lane) {
-    add_compensated(&sum, &compensation, static_cast<double>(sums[0][lane]));
-    compensation += compensations[0][lane];
+  const auto add_vector = [&](const Element* vector) {
+    const TwoDoubles widened = load_widened(vector);
+    add_compensated(&sums[0], &compensations[0],
+                    map<kNorm>(widened.first) + map<kNorm>(widened.second));
+  };
+  for (; i + kFloats <= count; i += kFloats) add_vector(values + i);
+  if (i < count) {
+    Element rest[kFloats] = {};
+    for (int64_t k = 0; i + k < count; ++k) rest[k] = values[i + k];
+    add_vector(rest);
   }
-  for (; i < count; ++i) add_compensated(&sum, &compensation, map_one<kNorm>(widen(values[i])));
+  double lanes[kDoubles];
+  double lost[kDoubles];
+  store(sums[0], lanes);
+  store(compensations[0], lost);
+  for (int64_t half = kDoubles / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      add_compensated(&lanes[lane], &lost[lane], lanes[lane + half]);
+      lost[lane] += lost[lane + half];
+    }
+  }
   // Once the sum is not finite the compensation holds inf - inf and means nothing.
-  return std::isfinite(sum) ? sum + compensation : sum;
+  return std::isfinite(lanes[0]) ? lanes[0] + lost[0] : lanes[0];
 }
 
 template <class Element>

@@ -94,7 +94,6 @@ GRADCLIP_INLINE void store(Floats vector, Float16* values) {
 }
 #endif
 
-GRADCLIP_INLINE double widen(double value) { return value; }
 GRADCLIP_INLINE float widen(float value) { return value; }
 GRADCLIP_INLINE void narrow(float value, float* result) { *result = value; }
 
