@@ -62,7 +62,7 @@ $(ENVIRONMENT): pyproject.toml $(VENV)/.torch
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo '$(PYTHON) has no venv module. Debian, Ubuntu: apt install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install '$(TORCH)' setuptools ninja pybind11
+	$(BIN)/python -m pip install '$(TORCH)' 'setuptools>=70.1' ninja pybind11
 	$(BIN)/python -m pip install --no-build-isolation -e '.[test,demo,lint]'
 	@touch $@
 
