@@ -143,6 +143,7 @@ class TestFunctorch:
 
 
 class TestTracing:
+    @pytest.mark.filterwarnings("ignore")
     def test_jit_trace_records_operations(self):
         def clip(gradient):
             return gradclip_ext.get_total_norm([gradient])
@@ -296,6 +297,7 @@ class Holder(torch.nn.Parameter):
         return self.held
 
 
+@pytest.mark.filterwarnings("ignore:.*(deprecated|prototype|experimental).*")
 class TestOtherLayouts:
     def test_mkldnn(self):
         gradient = torch.tensor([[3.0, 4.0]]).to_mkldnn()
