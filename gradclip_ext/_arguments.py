@@ -49,6 +49,8 @@ def _remedy_for_container(value: Any) -> str | None:
     if isinstance(value, torch.nn.Module):
         return "pass module.parameters()"
     if isinstance(value, Mapping):
+        if value and isinstance(next(iter(value)), Tensor):
+            return None  # dict.fromkeys(parameters), a set that keeps its order
         return "iterating over it gives its keys, pass its .values()"
     if isinstance(value, torch.optim.Optimizer):
         return (
@@ -105,6 +107,8 @@ def limit(max_norm: Any, function: str) -> float | Tensor:
 
 def bound(clip_value: Any, function: str) -> float:
     """``clip_value`` as a float that is not negative."""
+    if type(clip_value) is not float and isinstance(clip_value, Tensor):
+        clip_value = _one_element(clip_value, function, "clip_value")
     return _non_negative(clip_value, function, "clip_value")
 
 
@@ -124,6 +128,10 @@ def result_dtype(dtype: Any, function: str) -> None:
 
 
 def _one_element(tensor: Tensor, function: str, argument: str) -> Tensor:
+    if tensor.is_complex():
+        raise TypeError(
+            f"{function}: {argument} has to be real, found a tensor of dtype {tensor.dtype}"
+        )
     if tensor.numel() != 1:
         raise ValueError(
             f"{function}: {argument} has to be a number or a tensor of one element, "
@@ -145,7 +153,7 @@ def _non_negative(value: Any, function: str, argument: str) -> float:
 def _number(value: Any, function: str, argument: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(
             f"{function}: {argument} has to be a number, found {_describe(value)}"
         ) from error
@@ -171,7 +179,7 @@ def nonfinite_error(
             f"is that of {culprits[0]}."
         )
     else:
-        message += f". All {len(gradients)} gradients are finite: their norm overflowed."
+        message += f". All {len(gradients)} gradients are finite, but their norm is not."
     return RuntimeError(message)
 
 

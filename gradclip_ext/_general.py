@@ -8,84 +8,66 @@ Everything that can be wrong is found before the first gradient is written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip_ext import _C, _arguments, _torch_ops
+from gradclip_ext import _C, _arguments, _torch_ops, _torch_private
 
 _NATIVE_ORDERS = (1.0, 2.0, float("inf"))
 
 
 class _Gradients:
-    """Gradients, sorted by who works on them.
+    """Gradients, sorted by who measures and who writes them.
+
+    Everything is written in place, where it lies: with copies that are written back, a gradient
+    that is listed twice, or two views of one memory, would be scaled once.
 
     Attributes:
         given: the gradients as they came, 0 or more tensors of any shape, dtype and device.
         names: what to call each of them in a message.
-        native: flat memory for the native engine.
-        foreign: tensors for torch's operations.
-        write_back: (gradient, tensor in ``native`` or ``foreign``) where the one that is worked on
-            is a copy of the gradient's values.
+        measured: flat memory for the native engine to read: gradients, or copies of strided views
+            with gaps, or the sums that an uncoalesced sparse gradient stands for.
+        native: flat memory for the native engine to write.
+        foreign: tensors for torch's operations to read.
+        in_place: tensors for torch's operations to write.
     """
 
     def __init__(self, given: list[Tensor], names: list[str], norm_type: float = 2.0) -> None:
         self.given = given
         self.names = names
+        self.measured: list[Tensor] = []
         self.native: list[Tensor] = []
         self.foreign: list[Tensor] = []
-        self.write_back: list[tuple[Tensor, Tensor]] = []
+        self.in_place: list[Tensor] = []
         native_allowed = norm_type in _NATIVE_ORDERS and not _observed()
         for gradient in given:
-            self._sort(gradient, native_allowed)
-
-    def _sort(self, gradient: Tensor, native_allowed: bool) -> None:
-        values = gradient
-        if gradient.layout == torch.sparse_coo:
-            coalesced = gradient.coalesce()
-            values = coalesced.values()
-            if coalesced is not gradient:
-                self.write_back.append((gradient, coalesced))
-        if not native_allowed or not _C.is_native(values):
-            self.foreign.append(values)
-            return
-        if not _C.is_flat(values):
-            flat = values.contiguous()
-            self.write_back.append((values, flat))
-            values = flat
-        self.native.append(values)
-
-    def refuse_unwritable(self, function: str) -> None:
-        """Raise, before anything is written, what torch would raise in the midst of writing."""
-        if torch.compiler.is_compiling():
-            return
-        for gradient, name in zip(self.given, self.names, strict=True):
-            if gradient.is_inference() and not torch.is_inference_mode_enabled():
-                raise RuntimeError(
-                    f"{function}: {name}: Inplace update to inference tensor outside "
-                    "InferenceMode is not allowed."
-                )
-            if gradient.layout == torch.strided and _overlaps_itself(gradient):
-                raise RuntimeError(
-                    f"{function}: {name}: unsupported operation: more than one element of the "
-                    "written-to tensor refers to a single memory location. Please clone() the "
-                    "tensor before performing the operation."
-                )
+            stored, values = gradient, gradient
+            if gradient.layout == torch.sparse_coo:
+                stored = _torch_private.stored_values(gradient)
+                values = stored if gradient.is_coalesced() else gradient.coalesce().values()
+            if not native_allowed or not _C.is_native(values):
+                self.foreign.append(values)
+                self.in_place.append(stored)
+                continue
+            self.measured.append(values if _C.is_flat(values) else values.contiguous())
+            (self.native if _C.is_flat(stored) else self.in_place).append(stored)
 
     def total_norm(
         self, norm_type: float, foreach: bool | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         """The norm as it is returned, and the same before it was rounded to its dtype."""
-        if not self.native:
+        if not self.measured:
             norm = _torch_ops.total_norm(self.foreign, norm_type, foreach, dtype)
             return norm, norm
         _torch_ops.require_foreach_support(self.foreign, foreach)
         # Only the L2 norm takes a complex number as two real ones.
         measured = [
             t.to(torch.complex128).abs() if t.is_complex() and norm_type != 2.0 else t
-            for t in self.native
+            for t in self.measured
         ]
         norms = [_finish(norm_type, _C.power_sum(measured, norm_type))]
         if self.foreign:
@@ -96,27 +78,68 @@ class _Gradients:
         return exact.to(self.given[0].device, result_dtype), exact
 
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
-        """Multiply every gradient by a 0-dim tensor."""
+        """Multiply every gradient by a 0-dim tensor; 1 on the CPU writes nothing."""
+        if _is_plain_cpu(coefficient) and coefficient.item() == 1.0:
+            self.bump_versions()
+            return
+        # First, because torch's operations may fail, and the native ones cannot.
+        _torch_ops.scale_(self.in_place, coefficient, foreach)
         if self.native:
             _C.scale_(self.native, coefficient.item())
-        _torch_ops.scale_(self.foreign, coefficient, foreach)
-        self._write_back()
+        self._bump_versions_of_sparse()
 
     def clamp_(self, bound: float, foreach: bool | None) -> None:
         """Limit every element of every gradient to ``[-bound, bound]``."""
+        _torch_ops.clamp_(self.in_place, bound, foreach)
         if self.native:
             _C.clamp_(self.native, bound)
-        _torch_ops.clamp_(self.foreign, bound, foreach)
-        self._write_back()
+        self._bump_versions_of_sparse()
 
-    def _write_back(self) -> None:
-        # Values of a sparse gradient may themselves be such a copy: innermost first.
-        for gradient, values in reversed(self.write_back):
-            gradient.copy_(values)
+    def bump_versions(self) -> None:
+        """Count as written, without writing: torch's functions always write."""
+        for gradient in self.given:
+            if not gradient.is_inference():
+                torch.autograd.graph.increment_version(gradient)
+
+    def _bump_versions_of_sparse(self) -> None:
+        # Their values have a version of their own.
+        for gradient in self.given:
+            if gradient.layout == torch.sparse_coo and not gradient.is_inference():
+                torch.autograd.graph.increment_version(gradient)
 
 
 def _observed() -> bool:
     return torch.compiler.is_compiling() or _C.observed()
+
+
+def _refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> None:
+    """Raise, before anything is written, what torch would raise in the midst of writing."""
+    if torch.compiler.is_compiling():
+        return
+    for gradient, name in zip(given, names, strict=True):
+        stored = _stored(gradient)
+        if stored.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{function}: {name}: Inplace update to inference tensor outside "
+                "InferenceMode is not allowed."
+            )
+        if stored.layout == torch.strided and _overlaps_itself(stored):
+            raise RuntimeError(
+                f"{function}: {name}: unsupported operation: more than one element of the "
+                "written-to tensor refers to a single memory location. Please clone() the "
+                "tensor before performing the operation."
+            )
+
+
+def _is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether reading the number in it is free, and nobody is watching."""
+    return not _observed() and type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def _stored(gradient: Tensor) -> Tensor:
+    if gradient.layout == torch.sparse_coo:
+        return _torch_private.stored_values(gradient)
+    return gradient
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -137,9 +160,12 @@ def _whole(norm: Tensor) -> Tensor:
 
 def _require_storage(tensor: Tensor, name: str, function: str) -> None:
     """Refuse a gradient whose memory is gone, which torch would read all the same."""
-    if _observed() or not _C.is_native(tensor) or tensor.numel() == 0:
+    if _observed():
         return
-    if tensor.untyped_storage().nbytes() == 0:
+    stored = _stored(tensor)
+    if not _C.is_native(stored) or stored.numel() == 0:
+        return
+    if stored.untyped_storage().nbytes() == 0:
         raise RuntimeError(
             f"{function}: {name} of shape {tuple(tensor.shape)} has no memory: "
             "its storage was resized to 0 bytes"
@@ -208,10 +234,10 @@ def clip_grad_norm_(
         return torch.tensor(0.0, dtype=dtype)
     _refuse_integers(given, names, function)
     gradients = _Gradients(given, names, norm_type)
-    gradients.refuse_unwritable(function)
-    norm, exact = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
-    if not _is_infinite(max_norm):
-        gradients.scale_(_torch_ops.clip_coefficient(max_norm, exact), foreach)
+    _refuse_unwritable(given, names, function)
+    with _profiler_range(function):
+        norm, exact = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
+        _clip(gradients, max_norm, exact, foreach)
     return norm
 
 
@@ -230,7 +256,8 @@ def get_total_norm(
         return torch.tensor(0.0, dtype=dtype)
     _refuse_integers(given, names, function)
     gradients = _Gradients(given, names, norm_type)
-    norm, _ = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
+    with _profiler_range(function):
+        norm, _ = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
     return norm
 
 
@@ -248,18 +275,18 @@ def clip_grads_with_norm_(
         return
     _refuse_integers(given, names, function)
     gradients = _Gradients(given, names)
-    gradients.refuse_unwritable(function)
-    _torch_ops.require_foreach_support(gradients.foreign, foreach)
-    if _is_infinite(max_norm):
-        return
+    _refuse_unwritable(given, names, function)
+    _torch_ops.require_foreach_support(gradients.in_place, foreach)
     if isinstance(total_norm, Tensor):
         norm = _whole(total_norm).detach().reshape(())
     else:
-        norm = torch.tensor(total_norm, dtype=torch.float64)
+        # Named, because a default device may be set that has no number to read.
+        norm = torch.tensor(total_norm, dtype=torch.float64, device="cpu")
     if gradients.native:
         # Without rounding to a 16-bit norm's dtype on the way.
         norm = norm.to(torch.float64)
-    gradients.scale_(_torch_ops.clip_coefficient(max_norm, norm), foreach)
+    with _profiler_range(function):
+        _clip(gradients, max_norm, norm, foreach)
 
 
 @torch.no_grad()
@@ -272,10 +299,37 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float, foreach: bool
             raise NotImplementedError(
                 f"{function}: {name}: clamp is not supported for complex types"
             )
+        if gradient.layout not in (torch.strided, torch.sparse_coo):
+            raise NotImplementedError(
+                f"{function}: {name}: clamp is not supported for the layout {gradient.layout}"
+            )
+    _refuse_integers(given, names, function)
+    _refuse_unwritable(given, names, function)
+    for gradient in given:
+        # What an element is, is known only after the values at one place are added up.
+        if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
+            gradient.copy_(gradient.coalesce())
     gradients = _Gradients(given, names)
-    gradients.refuse_unwritable(function)
-    _torch_ops.require_foreach_support(gradients.foreign, foreach)
-    gradients.clamp_(clip_value, foreach)
+    _torch_ops.require_foreach_support(gradients.in_place, foreach)
+    with _profiler_range(function):
+        gradients.clamp_(clip_value, foreach)
+
+
+def _clip(
+    gradients: _Gradients, max_norm: float | Tensor, norm: Tensor, foreach: bool | None
+) -> None:
+    if _is_infinite(max_norm):
+        if not torch.compiler.is_compiling():
+            gradients.bump_versions()
+        return
+    gradients.scale_(_torch_ops.clip_coefficient(max_norm, norm), foreach)
+
+
+def _profiler_range(function: str) -> contextlib.AbstractContextManager[Any]:
+    # The range is made of two operations, which a mode or a trace would see.
+    if _observed():
+        return contextlib.nullcontext()
+    return torch.profiler.record_function(f"gradclip_ext::{function}")
 
 
 def _is_infinite(max_norm: float | Tensor) -> bool:

@@ -109,12 +109,15 @@ def _groups(
     for tensor in tensors:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return [
-        (
-            device,
-            group,
-            _torch_private.device_has_foreach_support(device)
-            if foreach
-            else foreach is None and _torch_private.has_foreach_support(group, device),
-        )
+        (device, group, _use_multi_tensor(group, device, foreach))
         for (device, _), group in by_kind.items()
     ]
+
+
+def _use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | None) -> bool:
+    if foreach is not None:
+        return foreach and _torch_private.device_has_foreach_support(device)
+    # They refuse to write tensors that are negated or conjugated lazily.
+    if not torch.compiler.is_compiling() and any(t.is_neg() or t.is_conj() for t in group):
+        return False
+    return _torch_private.has_foreach_support(group, device)

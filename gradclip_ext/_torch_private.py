@@ -14,6 +14,7 @@ __all__ = [
     "foreach_clamp_",
     "foreach_mul_",
     "has_foreach_support",
+    "stored_values",
 ]
 
 
@@ -36,3 +37,8 @@ def foreach_clamp_(tensors: list[torch.Tensor], bound: float) -> None:
     """Limit every element of every tensor to ``[-bound, bound]`` in place."""
     torch._foreach_clamp_min_(tensors, -bound)
     torch._foreach_clamp_max_(tensors, bound)
+
+
+def stored_values(sparse: torch.Tensor) -> torch.Tensor:
+    """The values of a sparse COO tensor as they are stored, coalesced or not, sharing memory."""
+    return sparse._values()

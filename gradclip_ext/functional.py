@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from gradclip_ext import _C, _arguments, _general
 
@@ -73,7 +74,7 @@ def clip_grad_norm_(
     if not is_compiling():
         limit = _read_limit(limit)
         if type(limit) is float:
-            norm = _C.clip_grad_norm_(parameter_list, limit, order, error_if_nonfinite, dtype)
+            norm = _C.clip_grad_norm_(parameter_list, limit, order, bool(error_if_nonfinite), dtype)
             if norm is not None:
                 return norm
     return _general.clip_grad_norm_(
@@ -114,7 +115,7 @@ def get_total_norm(
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
     if not is_compiling():
-        norm = _C.get_total_norm(tensor_list, order, error_if_nonfinite, dtype)
+        norm = _C.get_total_norm(tensor_list, order, bool(error_if_nonfinite), dtype)
         if norm is not None:
             return norm
     return _general.get_total_norm(tensor_list, order, error_if_nonfinite, foreach, dtype)
@@ -191,9 +192,10 @@ def clip_grad_value_(
 
 def _read_number(value: float | Tensor) -> float | Tensor:
     """The number in a tensor, where reading it costs no device sync and nobody is watching."""
-    if type(value) is Tensor and value.device.type == "cpu" and not _C.observed():
-        return float(value.item())
-    return value
+    # Exact types: a subclass may hold its number elsewhere.
+    if type(value) is not Tensor and type(value) is not Parameter:
+        return value
+    return float(value.item()) if value.device.type == "cpu" and not _C.observed() else value
 
 
 def _read_limit(max_norm: float | Tensor) -> float | Tensor:

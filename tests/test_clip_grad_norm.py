@@ -297,6 +297,8 @@ def test_kinds_of_iterables():
         norm = gradclip_ext.clip_grad_norm_(wrap(ref.parameters(gradients)), 1.5)
         assert norm.item() == 3.0
         assert gradients[0][0].item() == pytest.approx(0.5, rel=1e-6)
+    ordered_set = dict.fromkeys(ref.parameters([torch.full((9,), 1.0)]))
+    assert gradclip_ext.clip_grad_norm_(ordered_set, 1.5).item() == 3.0
     named = dict(enumerate(ref.parameters([torch.ones(4)])))
     assert gradclip_ext.clip_grad_norm_(named.values(), 1.0).item() == 2.0
 

@@ -122,6 +122,14 @@ def test_max_norm_negative_or_nan(value):
             "clip_grad_norm_: max_norm has to be a number, found None",
         ),
         (
+            lambda p: gradclip_ext.clip_grad_norm_(p, 10**400),
+            f"clip_grad_norm_: max_norm has to be a number, found {10**400} (int)",
+        ),
+        (
+            lambda p: gradclip_ext.clip_grad_norm_(p, torch.tensor(1j)),
+            "clip_grad_norm_: max_norm has to be real, found a tensor of dtype torch.complex64",
+        ),
+        (
             lambda p: gradclip_ext.clip_grad_norm_(p, 1.0, [2]),
             "clip_grad_norm_: norm_type has to be a number, found a list",
         ),
@@ -140,7 +148,16 @@ def test_max_norm_negative_or_nan(value):
             "clip_grads_with_norm_: total_norm has to be a number, found 'five' (str)",
         ),
     ],
-    ids=["max_norm str", "max_norm None", "norm_type", "dtype", "dtype str", "total_norm"],
+    ids=[
+        "max_norm str",
+        "max_norm None",
+        "huge",
+        "complex",
+        "norm_type",
+        "dtype",
+        "dtype str",
+        "total_norm",
+    ],
 )
 def test_wrong_type(call, text):
     parameter = ref.parameter(torch.tensor([3.0, 4.0]))
@@ -156,6 +173,12 @@ def test_tensor_argument_of_several_elements():
         gradclip_ext.clip_grad_norm_(parameter, torch.ones(2))
     assert str(caught.value) == (
         "clip_grad_norm_: max_norm has to be a number or a tensor of one element, "
+        "found a tensor of shape (2,)"
+    )
+    with pytest.raises(ValueError) as caught:
+        gradclip_ext.clip_grad_value_(parameter, torch.ones(2))
+    assert str(caught.value) == (
+        "clip_grad_value_: clip_value has to be a number or a tensor of one element, "
         "found a tensor of shape (2,)"
     )
     with pytest.raises(ValueError) as caught:
@@ -209,7 +232,7 @@ class TestErrorIfNonfinite:
 
     def test_finite_gradients_whose_norm_overflows(self):
         gradient = torch.full((3,), 1e200, dtype=torch.float64)
-        with pytest.raises(RuntimeError, match="All 1 gradients are finite: their norm overflow"):
+        with pytest.raises(RuntimeError, match="All 1 gradients are finite, but their norm is not"):
             gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1.0, error_if_nonfinite=True)
         assert gradient[0].item() == 1e200
 
@@ -263,6 +286,34 @@ class TestNothingIsWrittenBeforeAnError:
             gradclip_ext.get_total_norm([holder])
         assert first.tolist() == [5.0] * 3
 
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("kind", ["csr", "mkldnn", "float8"])
+    def test_layouts_and_dtypes_that_torch_cannot_write(self, kind):
+        bad = {
+            "csr": lambda: torch.eye(3).to_sparse_csr(),
+            "mkldnn": lambda: torch.ones(3).to_mkldnn(),
+            "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+        }[kind]()
+        first = torch.full((3,), 5.0)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            gradclip_ext.clip_grad_value_([ref.parameter(first), _property_holder(bad)], 0.5)
+        if kind == "float8":
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                gradclip_ext.clip_grads_with_norm_(
+                    [ref.parameter(first), _property_holder(bad)], 0.5, 5.0
+                )
+        assert first.tolist() == [5.0] * 3
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_sparse_values_that_share_memory(self):
+        first = torch.full((4,), 5.0)
+        sparse = torch.sparse_coo_tensor(
+            torch.tensor([[0, 2]]), torch.full((1, 3), 7.0).expand(2, 3), (5, 3), is_coalesced=True
+        )
+        with pytest.raises(RuntimeError, match=r"parameters\[1\].grad: unsupported operation"):
+            gradclip_ext.clip_grad_norm_([ref.parameter(first), _property_holder(sparse)], 1.0)
+        assert first.tolist() == [5.0] * 4
+
     @by_function
     def test_freed_storage(self, function):
         first = torch.full((3,), 5.0)
@@ -275,6 +326,13 @@ class TestNothingIsWrittenBeforeAnError:
             "to 0 bytes"
         )
         assert first.tolist() == [5.0] * 3
+
+
+def _property_holder(gradient):
+    class Holder(torch.nn.Parameter):
+        grad = gradient
+
+    return Holder(torch.zeros(1))
 
 
 def _holder(gradient):

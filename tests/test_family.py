@@ -31,6 +31,20 @@ def test_signature_extends_torchs(name):
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
+class Holder(torch.nn.Parameter):
+    """A parameter whose gradient may be any tensor."""
+
+    def __new__(cls, gradient):
+        return super().__new__(cls, torch.zeros(1))
+
+    def __init__(self, gradient):
+        self.held = gradient
+
+    @property
+    def grad(self):
+        return self.held
+
+
 class TestClipGradsWithNorm:
     @by_foreach
     @by_dtype
@@ -203,6 +217,53 @@ class TestMaxNorm:
             torch.testing.assert_close(ours, theirs, rtol=1.2e-7, atol=0)
 
 
+class TestSharedMemory:
+    """Each occurrence is scaled, whichever way it takes."""
+
+    @pytest.mark.parametrize("order", [2.0, 3.0], ids=["native order", "torch's order"])
+    def test_a_strided_view_twice(self, order):
+        ours, theirs = torch.ones(8), torch.ones(8)
+        mine, other = Holder(ours[::2]), Holder(theirs[::2])
+        gradclip_ext.clip_grad_norm_([mine, mine], 1.0, order)
+        torch.nn.utils.clip_grad_norm_([other, other], 1.0, order)
+        torch.testing.assert_close(ours, theirs)
+
+    def test_a_whole_and_a_strided_view_of_it(self):
+        ours, theirs = torch.ones(8), torch.ones(8)
+        gradclip_ext.clip_grad_norm_([Holder(ours), Holder(ours[::2])], 1.0)
+        torch.nn.utils.clip_grad_norm_([Holder(theirs), Holder(theirs[::2])], 1.0)
+        torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("coalesced", [True, False], ids=["coalesced", "uncoalesced"])
+    def test_a_sparse_gradient_twice(self, coalesced):
+        sparse = torch.sparse_coo_tensor(
+            torch.tensor([[0, 0, 2]]), torch.tensor([1.0, 2.0, 4.0]), (5,), check_invariants=True
+        )
+        sparse = sparse.coalesce() if coalesced else sparse
+        norm = gradclip_ext.clip_grad_norm_([Holder(sparse), Holder(sparse)], 1.0)
+        assert norm.item() == pytest.approx(math.sqrt(50), rel=1e-6)
+        expected = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0]) / 50
+        torch.testing.assert_close(sparse.to_dense(), expected)
+
+
+class TestNothingIsWrittenWithoutNeed:
+    def test_uncoalesced_sparse_gradient(self):
+        values = torch.tensor([2048.0, 1.0], dtype=torch.float16)  # their sum would round
+        sparse = torch.sparse_coo_tensor([[0, 0]], values, (3,), check_invariants=True)
+        version = sparse._version
+        gradclip_ext.clip_grad_norm_([Holder(sparse)], 1e5)
+        assert sparse._values().tolist() == [2048.0, 1.0]
+        assert not sparse.is_coalesced()
+        assert sparse._version > version
+
+    @pytest.mark.parametrize("max_norm", [1e5, math.inf], ids=["quiet", "measured only"])
+    def test_general_way_counts_versions_as_torch_does(self, max_norm):
+        view = torch.ones(4, 4)[:, ::2]
+        version = view._version
+        gradclip_ext.clip_grad_norm_([Holder(view)], max_norm)
+        assert view._version > version
+
+
 class TestSideEffects:
     @pytest.mark.parametrize("max_norm", [1e-3, 1e9], ids=["clip", "quiet"])
     @pytest.mark.parametrize("strided", [False, True], ids=["native", "general"])
@@ -269,6 +330,23 @@ class TestSideEffects:
             assert not gradclip_ext._C.observed()
             assert gradclip_ext.get_total_norm([gradient]).device.type == "cpu"
 
+    def test_number_as_norm_under_a_default_device(self):
+        gradients = [torch.full((4,), 8.0), torch.full((8,), 8.0)[::2]]
+        with torch.device("meta"):
+            gradclip_ext.clip_grads_with_norm_([Holder(g) for g in gradients], 1.0, 4.0)
+        for gradient in gradients:
+            assert gradient.tolist() == pytest.approx([2.0] * 4, rel=1e-6)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_forward_mode_tangents_are_carried_along(self):
+        import torch.autograd.forward_ad as forward_ad
+
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2))
+            norm = gradclip_ext.get_total_norm([dual], 2.0, False, False)
+            assert forward_ad.unpack_dual(norm).tangent.item() == pytest.approx(1.4)
+        assert gradclip_ext._C.is_native(torch.ones(2, requires_grad=True))
+
     def test_autocast_changes_nothing(self):
         gradient = ref.random_gradient((300,))
         expected = gradclip_ext.get_total_norm([gradient])
@@ -287,15 +365,17 @@ class TestSideEffects:
             torch.set_flush_denormal(False)
         assert torch.equal(found, expected)
 
+    @pytest.mark.parametrize("strided", [False, True], ids=["native", "general"])
     @pytest.mark.parametrize("name", FUNCTIONS)
-    def test_profiler_shows_one_range(self, name):
+    def test_profiler_shows_one_range(self, name, strided):
         arguments = {
             "clip_grad_norm_": (1.0,),
             "get_total_norm": (),
             "clip_grads_with_norm_": (1.0, 5.0),
             "clip_grad_value_": (0.5,),
         }[name]
-        given = [torch.ones(4)] if name == "get_total_norm" else ref.parameters([torch.ones(4)])
+        gradient = torch.ones(8)[::2] if strided else torch.ones(4)
+        given = [gradient] if name == "get_total_norm" else [Holder(gradient)]
         with torch.profiler.profile() as profile:
             getattr(gradclip_ext, name)(given, *arguments)
         ranges = [e for e in profile.events() if e.name == f"gradclip_ext::{name}"]

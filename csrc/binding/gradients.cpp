@@ -40,11 +40,17 @@ Span span_of(const at::Tensor& tensor, void* data) {
   return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
 }
 
+// Forward-mode automatic differentiation: the tangent has to be carried along.
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->autograd_meta() != nullptr &&
+         tensor._fw_grad(/*level=*/0).defined();
+}
+
 }  // namespace
 
 bool is_native(const at::Tensor& tensor) {
   return tensor.key_set() - kTransparentKeys == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
-         native_dtype(tensor.scalar_type()) &&
+         native_dtype(tensor.scalar_type()) && !has_tangent(tensor) &&
          // Torch refuses to write to these outside of inference mode, and so must we.
          (!tensor.is_inference() || c10::InferenceMode::is_enabled());
 }
