@@ -30,9 +30,9 @@ demo: $(BUILT)  ## Train the example model with gradient clipping; STEPS=n sets 
 test: $(BUILT)  ## Run all tests.
 	$(BIN)/python -m pytest
 
-bench: $(BUILT)  ## Time clipping beside torch's; the data goes to build/bench/clip.json.
-	@mkdir -p build/bench
+bench: $(BUILT)  ## Time clipping beside torch's; numbers and plots go to build/bench.
 	$(BIN)/python bench/bench_clip.py --output build/bench/clip.json
+	$(BIN)/python bench/plot.py build/bench/clip.json
 
 lint: $(ENVIRONMENT)  ## Check style and formatting of Python and C++.
 	$(BIN)/ruff check
@@ -48,7 +48,7 @@ stubs: $(BUILT)  ## Check gradclip_ext/_C.pyi against the compiled module.
 clean:  ## Remove what builds and tools wrote; the environment in $(VENV) stays.
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(BUILT) gradclip_ext/_built_with.py gradclip_ext/_C.*.so
-	find csrc examples gradclip_ext tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find bench csrc examples gradclip_ext tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Written anew only when TORCH changes, so that another torch updates the environment.
 $(VENV)/.torch: FORCE
@@ -63,7 +63,7 @@ $(ENVIRONMENT): pyproject.toml $(VENV)/.torch
 	  echo '$(PYTHON) has no venv module. Debian, Ubuntu: apt install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install '$(TORCH)' 'setuptools>=70.1' ninja pybind11
-	$(BIN)/python -m pip install --no-build-isolation -e '.[test,demo,lint]'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[test,demo,bench,lint]'
 	@touch $@
 
 $(BUILT): $(ENVIRONMENT) setup.py tools/build_support.py $(CXX_SOURCES)

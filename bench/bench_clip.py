@@ -1,174 +1,414 @@
-"""Times clip_grad_norm_ beside torch.nn.utils on gradients with the shapes of real models.
+"""Times gradient clipping on gradients with the shapes of real models.
 
-    python bench/bench_clip.py                        # table on the screen
-    python bench/bench_clip.py --output result.json   # and the data
+    python bench/bench_clip.py                  # every workload in float32, minutes
+    python bench/bench_clip.py --suite ci       # a few small ones, seconds
+    python bench/bench_clip.py --suite full     # every workload in every dtype
+    python bench/plot.py bench/results/NAME.json
 
-Within one run the implementations take turns, the gradients are restored before every call, and the
-result of each is checked against float64 before anything is timed. Quote the ratios: absolute times
+Within one run everything takes turns: our function, torch's with each value of foreach, the
+textbook loop, what else is installed, and the limits. Gradients are restored before every call, and
+each result is compared with float64 before anything is timed. Quote the ratios: absolute times
 depend on what else the machine does.
 
-"quiet" is a norm below max_norm, where nothing has to change; "clip" is one above.
+Kinds: "quiet" is a norm below max_norm, where nothing has to change; "clip" is one above; "value"
+is clip_grad_value_ at one standard deviation.
+
+The limit is the least that the memory allows, timed on one contiguous buffer with as many bytes:
+quiet one read, the faster of several; clip that and an in-place multiplication; value the
+multiplication alone. GB/s counts each of these passes: 1 for quiet, 3 for clip, 2 for value.
+
+On CUDA a call starts on an idle GPU whose L2 cache holds none of the gradients. Its time is that
+between two events around it, launching included. "device" is the time with launching hidden behind
+work queued before, "host" how long the call kept the host. The table shows the first.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
-import platform
-import statistics
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from workloads import WORKLOADS
+from bench_report import Table, default_path, environment, quantiles, save
+from implementations import OURS, REFERENCE, Implementation, implementations
+from tqdm import tqdm
+from workloads import DTYPES, SIGMA, WORKLOADS, Gradients, Workload
 
 import gradclip_ext
 
-Clip = Callable[[list[torch.nn.Parameter], float], torch.Tensor]
+KINDS = ("quiet", "clip", "value")
+# How often the limit goes over the gradients, reading or writing.
+PASSES = {"quiet": 1, "clip": 3, "value": 2}
+FEWEST_CALLS = 7
 
-IMPLEMENTATIONS: dict[str, Clip] = {
-    "torch": torch.nn.utils.clip_grad_norm_,
-    "gradclip_ext": gradclip_ext.clip_grad_norm_,
+# Largest relative error of our norm, which is rounded to the dtype of the result, and of a clipped
+# element relative to the largest. More is a bug, and nothing is timed.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-7, "bfloat16": 4e-3, "float16": 1e-3, "mixed": 4e-3}
+# From here on the result of another implementation counts as wrong. It is timed, but marked: a
+# bfloat16 sum of many tensors, as in the textbook loop, is off by much more.
+BELIEVABLE = {"float64": 1e-9, "float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2, "mixed": 5e-2}
+
+SUITES: dict[str, dict[str, Any]] = {
+    "ci": {
+        "workloads": ["one_scalar", "many_small_100", "small", "lstm"],
+        "dtypes": ["float32", "bfloat16"],
+        "seconds": 0.05,
+    },
+    "default": {"dtypes": ["float32"], "seconds": 4.0},
+    "full": {"dtypes": list(DTYPES), "seconds": 4.0},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# torch's own float32 norm of GPT-2's gradients is off by 1e-3, its bfloat16 one by more.
-WORST_BELIEVABLE = {"float32": 5e-3, "bfloat16": 5e-2, "float16": 5e-2}
+
+COLUMNS = {
+    "workload": -15,
+    "dtype": -8,
+    "kind": -5,
+    "tensors": 7,
+    "MB": 8,
+    "torch us": 10,
+    "ours us": 9,
+    "20 % .. 80 %": 19,
+    "torch/ours": 10,
+    "limit us": 9,
+    "ours/limit": 10,
+    "GB/s": 7,
+    "fastest other": -29,
+}
+
+Call = Callable[[], object]
 
 
-def parameters_of(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    parameters = []
-    for shape in shapes:
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
-        parameter.grad = torch.randn(shape, generator=generator).mul_(0.01).to(dtype)
-        parameters.append(parameter)
-    return parameters
+class CpuClock:
+    """Times a call on restored gradients."""
 
-
-class Case:
-    """One list of gradients that can be restored."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.parameters = parameters_of(shapes, dtype)
-        self.gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.originals = [gradient.clone() for gradient in self.gradients]
-        squares = [gradient.double().square().sum() for gradient in self.gradients]
-        self.norm = math.sqrt(math.fsum(square.item() for square in squares))
-        self.bytes = sum(gradient.nbytes for gradient in self.gradients)
-
-    def restore(self) -> None:
-        for gradient, original in zip(self.gradients, self.originals, strict=True):
-            gradient.copy_(original)
-
-    def check(self, clip: Clip, tolerance: float) -> float:
-        """Returns the relative error of the norm; raises if the result is not believable."""
-        self.restore()
-        norm = clip(self.parameters, self.norm / 2).item()
-        error = abs(norm - self.norm) / self.norm
-        if error > tolerance:
-            raise SystemExit(f"{clip} is wrong: norm {norm}, float64 {self.norm}")
-        largest = max(range(len(self.gradients)), key=lambda i: self.gradients[i].numel())
-        expected = self.originals[largest].double() * (self.norm / 2 / norm)
-        found = self.gradients[largest].double()
-        if (found - expected).abs().max() > tolerance * expected.abs().max():
-            raise SystemExit(f"{clip} is wrong: gradient {largest} was not scaled right")
-        return error
-
-    def time(self, clip: Clip, max_norm: float) -> float:
-        """Seconds for one call on restored gradients."""
-        self.restore()
+    def times(self, restore: Call, call: Call) -> dict[str, float]:
+        restore()
         start = time.perf_counter()
-        clip(self.parameters, max_norm)
-        return time.perf_counter() - start
+        call()
+        return {"time": time.perf_counter() - start}
 
 
-def measure(case: Case, max_norm: float, seconds: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    for clip in IMPLEMENTATIONS.values():
-        case.time(clip, max_norm)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["torch"]) < 7:
-        for name, clip in IMPLEMENTATIONS.items():
-            times[name].append(case.time(clip, max_norm))
-    return times
+class CudaClock:
+    """Times a call on restored gradients that are not in the L2 cache."""
+
+    # One cycle lasts at least half a nanosecond on any GPU so far.
+    CYCLES_PER_SECOND = 2e9
+
+    def __init__(self, device: torch.device) -> None:
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self.other_data = torch.empty(max(4 * cache, 2**28), dtype=torch.uint8, device=device)
+        # Kept, because creating an event takes host time.
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def times(self, restore: Call, call: Call) -> dict[str, float]:
+        self._prepare(restore)
+        self.start.record()
+        before = time.perf_counter()
+        call()
+        host = time.perf_counter() - before
+        self.end.record()
+        self.end.synchronize()
+        elapsed = self.start.elapsed_time(self.end) / 1e3
+
+        self._prepare(restore)
+        # Keeps the GPU busy until the call has queued all its work. What waits for the GPU, as
+        # `norm > theta` does, cannot be hidden and shows.
+        torch.cuda._sleep(int((2 * host + 50e-6) * self.CYCLES_PER_SECOND))
+        self.start.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return {
+            "time": elapsed,
+            "device": self.start.elapsed_time(self.end) / 1e3,
+            "host": host,
+        }
+
+    def _prepare(self, restore: Call) -> None:
+        restore()
+        self.other_data.fill_(1)
+        torch.cuda.synchronize()
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile in microseconds."""
-    cuts = statistics.quantiles(times, n=10)
+def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
+    """How to restore for and how to call one of LIMITS."""
+    flat, flat_as_float64 = gradients.flat, gradients.flat_as_float64
+
+    def restore_and_read() -> None:
+        gradients.restore_flat()
+        gradclip_ext.get_total_norm(flat_as_float64)
+
     return {
-        "median_us": statistics.median(times) * 1e6,
-        "q20_us": cuts[1] * 1e6,
-        "q80_us": cuts[7] * 1e6,
-        "calls": len(times),
+        "read, gradclip_ext float64": (
+            gradients.restore_flat,
+            lambda: gradclip_ext.get_total_norm(flat_as_float64),
+        ),
+        "read, torch.sum float64": (gradients.restore_flat, lambda: torch.sum(flat_as_float64)),
+        "read, torch.sum float32": (gradients.restore_flat, lambda: torch.sum(flat)),
+        "multiply": (gradients.restore_flat, lambda: flat.mul_(0.5)),
+        # After a read that is not timed: what still fits into the cache is there.
+        "multiply after read": (restore_and_read, lambda: flat.mul_(0.5)),
+    }[implementation]
+
+
+READS = ("read, gradclip_ext float64", "read, torch.sum float64", "read, torch.sum float32")
+LIMITS = {"quiet": READS, "clip": (*READS, "multiply after read"), "value": ("multiply",)}
+
+
+def limit(kind: str, medians: dict[str, float]) -> float:
+    """The least time for a kind, from the medians of its LIMITS."""
+    if kind == "value":
+        return medians["multiply"]
+    read = min(medians[name] for name in READS)
+    return read + medians["multiply after read"] if kind == "clip" else read
+
+
+def bound_of(kind: str, gradients: Gradients) -> float:
+    """The second argument of the call: max_norm or clip_value."""
+    return {"quiet": gradients.norm * 10, "clip": gradients.norm / 2, "value": SIGMA}[kind]
+
+
+def function_of(implementation: Implementation, kind: str) -> Callable[..., Any] | None:
+    return implementation.clip_value if kind == "value" else implementation.clip_norm
+
+
+def errors(gradients: Gradients, kind: str, found: torch.Tensor | None) -> dict[str, float | None]:
+    """Errors of a call that has just been made, relative to float64.
+
+    That of the gradients is relative to the largest element of their tensor.
+    """
+    bound = bound_of(kind, gradients)
+    # On the device, one number is read back for the whole list.
+    worst = torch.zeros((), dtype=torch.float64, device=gradients.flat.device)
+    for gradient, original in zip(gradients.gradients, gradients.originals, strict=True):
+        expected = original.to(torch.float64, copy=True)
+        if kind == "value":
+            expected.clamp_(-bound, bound)
+        else:
+            expected.mul_(min(1.0, bound / (gradients.norm + 1e-6)))
+        largest = expected.abs().max()
+        error = expected.sub_(gradient).abs_().max() / largest
+        worst = torch.maximum(worst, error.nan_to_num(nan=torch.inf))
+    of_gradients = worst.item()
+    if found is None:
+        return {"norm": None, "gradients": finite(of_gradients)}
+    of_norm = abs(found.item() - gradients.norm) / gradients.norm
+    return {"norm": finite(of_norm), "gradients": finite(of_gradients)}
+
+
+def finite(error: float) -> float:
+    """The error, or one that JSON can hold."""
+    return error if error < 1e300 else 1e300
+
+
+def largest(row_errors: dict[str, float | None]) -> float:
+    return max(error for error in row_errors.values() if error is not None)
+
+
+def checked(
+    implementation: Implementation, kind: str, dtype: str, gradients: Gradients
+) -> dict[str, Any] | None:
+    """Errors of an implementation, or None where it cannot take these gradients."""
+    function = function_of(implementation, kind)
+    if function is None:
+        return None
+    gradients.restore()
+    try:
+        norm = function(gradients.parameters, bound_of(kind, gradients))
+    except RuntimeError as error:
+        if implementation.name in (OURS, REFERENCE):
+            raise
+        tqdm.write(f"{implementation.name} cannot do it: {str(error).splitlines()[0]}")
+        return None
+    found = errors(gradients, kind, norm)
+    if implementation.name == OURS and largest(found) > TOLERANCE[dtype]:
+        raise SystemExit(f"gradclip_ext is wrong, relative errors {found}")
+    return {"relative_error": found, "believable": largest(found) <= BELIEVABLE[dtype]}
+
+
+def measured(
+    calls: dict[str, tuple[Call, Call]], clock: CpuClock | CudaClock, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Statistics of calls that take turns, by name."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
+    for restore, call in calls.values():
+        clock.times(restore, call)
+    rounds = 0
+    end = time.perf_counter() + seconds
+    while rounds < FEWEST_CALLS or time.perf_counter() < end:
+        for name, (restore, call) in calls.items():
+            for what, value in clock.times(restore, call).items():
+                times[name].setdefault(what, []).append(value)
+        rounds += 1
+    result = {}
+    for name, by_what in times.items():
+        result[name] = quantiles(by_what.pop("time"))
+        result[name].update({what: quantiles(values) for what, values in by_what.items()})
+    return result
+
+
+def row_of(
+    workload: Workload,
+    dtype: str,
+    kind: str,
+    gradients: Gradients,
+    peers: list[Implementation],
+    clock: CpuClock | CudaClock,
+    seconds: float,
+) -> dict[str, Any]:
+    """Checks and measures everything that can do it."""
+    verdicts: dict[str, dict[str, Any]] = {}
+    calls: dict[str, tuple[Call, Call]] = {}
+    bound = bound_of(kind, gradients)
+    for peer in peers:
+        verdict = checked(peer, kind, dtype, gradients)
+        if verdict is None:
+            continue
+        verdicts[peer.name] = verdict
+        call = functools.partial(function_of(peer, kind), gradients.parameters, bound)
+        calls[peer.name] = (gradients.restore, call)
+    calls.update({name: limit_of(name, gradients) for name in LIMITS[kind]})
+
+    statistics = measured(calls, clock, seconds)
+    limits = {name: statistics.pop(name) for name in LIMITS[kind]}
+    limit_us = limit(kind, {name: values["median_us"] for name, values in limits.items()})
+    ours = statistics[OURS]["median_us"]
+    row = {
+        "workload": workload.name,
+        "dtype": dtype,
+        "kind": kind,
+        "tensors": len(gradients.gradients),
+        "elements": gradients.elements,
+        "bytes": gradients.bytes,
+        "implementations": {
+            name: {**values, **verdicts[name]} for name, values in statistics.items()
+        },
+        "limits": limits,
+        "limit_us": limit_us,
+        "ratio": statistics[REFERENCE]["median_us"] / ours,
+        "ratio_to_limit": ours / limit_us,
+        "gigabytes_per_second": PASSES[kind] * gradients.bytes / ours / 1e3,
     }
+    if "device" in statistics[OURS]:
+        device = {name: values["device"]["median_us"] for name, values in statistics.items()}
+        limits_on_device = {name: values["device"]["median_us"] for name, values in limits.items()}
+        row["device_ratio"] = device[REFERENCE] / device[OURS]
+        row["device_limit_us"] = limit(kind, limits_on_device)
+        row["device_ratio_to_limit"] = device[OURS] / row["device_limit_us"]
+        row["host_ratio"] = (
+            statistics[REFERENCE]["host"]["median_us"] / statistics[OURS]["host"]["median_us"]
+        )
+    return row
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def line_of(table: Table, row: dict[str, Any]) -> str:
+    implementations = row["implementations"]
+    ours, reference = implementations[OURS], implementations[REFERENCE]
+    others = {
+        name: values for name, values in implementations.items() if name not in (OURS, REFERENCE)
+    }
+    other = min(others, key=lambda name: others[name]["median_us"], default="")
+    return table.line(
+        [
+            row["workload"],
+            row["dtype"],
+            row["kind"],
+            str(row["tensors"]),
+            f"{row['bytes'] / 1e6:.3f}",
+            f"{reference['median_us']:.1f}" + ("" if reference["believable"] else "!"),
+            f"{ours['median_us']:.1f}",
+            f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['limit_us']:.1f}",
+            f"{row['ratio_to_limit']:.2f}",
+            f"{row['gigabytes_per_second']:.1f}",
+            other
+            and f"{other} {others[other]['median_us']:.1f}"
+            + ("" if others[other]["believable"] else "!"),
+        ]
+    )
 
 
-def main() -> None:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per workload, dtype and kind")
-    parser.add_argument("--output", type=Path, help="write the data to this JSON file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser.add_argument("--suite", choices=SUITES, default="default", help="what is not given")
+    parser.add_argument(
+        "--quick", action="store_const", const="ci", dest="suite", help="the same as --suite ci"
+    )
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS)
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seconds", type=float, help="for each workload, dtype and kind")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time torch.compile, which compiles for long"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: one in bench/results, named for the run)"
+    )
+    options = parser.parse_args(arguments)
+    suite = {
+        "workloads": [w.name for w in WORKLOADS.values() if options.device in w.devices],
+        **SUITES[options.suite],
+    }
+    for name, value in suite.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device")
+    return options
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    facts = environment(device)
+    path = options.output or default_path(
+        facts, "clip", *([] if options.suite == "default" else [options.suite])
+    )
+
+    cases = [
+        (WORKLOADS[name], dtype)
+        for name in options.workloads
+        for dtype in ([WORKLOADS[name].dtype] if WORKLOADS[name].dtype else options.dtypes)
+    ]
+    table = Table(COLUMNS)
+    tqdm.write(table.head())
     rows = []
-    print(f"{'workload':<12}{'dtype':<10}{'kind':<7}{'torch us':>11}{'ours us':>11}{'ratio':>8}")
-    for workload in arguments.workloads:
-        for dtype in arguments.dtypes:
-            case = Case(WORKLOADS[workload](), DTYPES[dtype])
-            errors = {
-                name: case.check(clip, WORST_BELIEVABLE[dtype])
-                for name, clip in IMPLEMENTATIONS.items()
-            }
-            for kind, max_norm in (("quiet", case.norm * 10), ("clip", case.norm / 2)):
-                times = measure(case, max_norm, arguments.seconds)
-                row = {
-                    "workload": workload,
-                    "dtype": dtype,
-                    "kind": kind,
-                    "tensors": len(case.gradients),
-                    "bytes": case.bytes,
-                    "relative_error_of_norm": errors,
-                    **{name: quantiles(values) for name, values in times.items()},
-                }
-                theirs, ours = row["torch"]["median_us"], row["gradclip_ext"]["median_us"]
-                row["ratio"] = theirs / ours
-                rows.append(row)
-                print(
-                    f"{workload:<12}{dtype:<10}{kind:<7}{theirs:>11.1f}{ours:>11.1f}"
-                    f"{theirs / ours:>8.2f}",
-                    flush=True,
-                )
-    if arguments.output:
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "device": "cpu",
-            "processor": processor(),
-            "threads": arguments.threads,
-            "cpu_kernels": gradclip_ext._C.instruction_set(),
-            "gradclip_ext": gradclip_ext.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "rows": rows,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    progress = tqdm(total=len(cases) * len(options.kinds), leave=False, disable=None)
+    for workload, dtype in cases:
+        gradients = Gradients(workload, dtype, device)
+        peers = implementations(device, options.compile)
+        for kind in options.kinds:
+            progress.set_description(f"{workload.name} {dtype} {kind}")
+            row = row_of(workload, dtype, kind, gradients, peers, clock, options.seconds)
+            rows.append(row)
+            tqdm.write(line_of(table, row))
+            progress.update()
+        # After every case, so that a run that is stopped has not been for nothing.
+        save({**facts, "seconds": options.seconds, "rows": rows}, path)
+        # Before the next ones are made: two of the largest together may not fit into the memory.
+        del gradients
+    progress.close()
+    if any(
+        not implementation["believable"]
+        for row in rows
+        for implementation in row["implementations"].values()
+    ):
+        tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
+    tqdm.write(f"\nData: {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

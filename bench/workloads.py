@@ -1,76 +1,95 @@
-"""Gradient lists with the parameter shapes of real models.
-
-Shapes are generated from each architecture's published layout; the counts are asserted, so that a
-slip shows at once.
-"""
+"""Lists of gradients with the parameter shapes of real models, read from shapes/*.json."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-Shapes = list[tuple[int, ...]]
+import torch
 
+SHAPES_FOLDER = Path(__file__).resolve().parent / "shapes"
 
-def lstm() -> Shapes:
-    """One LSTM layer (28 inputs, hidden 256) and a classifier for 10 classes."""
-    return [(1024, 28), (1024, 256), (1024,), (1024,), (10, 256), (10,)]
-
-
-def small() -> Shapes:
-    """Ten small linear layers, 64 to 64."""
-    return [(64, 64), (64,)] * 10
-
-
-def thousand() -> Shapes:
-    """A thousand tensors of a thousand elements."""
-    return [(1000,)] * 1000
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Standard deviation of the gradients. Their squares fit into float16, although barely.
+SIGMA = 0.01
 
 
-def resnet50() -> Shapes:
-    """He et al., "Deep Residual Learning for Image Recognition" (2015), ResNet-50."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            outputs = 4 * width
-            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (outputs, width, 1, 1)]
-            if block == 0:
-                convolutions.append((outputs, inputs, 1, 1))
-            for convolution in convolutions:
-                shapes += [convolution, (convolution[0],), (convolution[0],)]
-            inputs = outputs
-    return [*shapes, (1000, 2048), (1000,)]
+@dataclass(frozen=True)
+class Workload:
+    """The content of one file in shapes/."""
+
+    name: str
+    about: str
+    dtype: str | None
+    devices: tuple[str, ...]
+    # Shape and, where the file says which, dtype.
+    tensors: tuple[tuple[tuple[int, ...], str | None], ...]
+
+    @property
+    def elements(self) -> int:
+        """The number of parameters of the model."""
+        return sum(math.prod(shape) for shape, _ in self.tensors)
 
 
-def gpt2() -> Shapes:
-    """Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), 124 M."""
-    width = 768
-    block: Shapes = [
-        *[(width,), (width,)],
-        *[(width, 3 * width), (3 * width,), (width, width), (width,)],
-        *[(width,), (width,)],
-        *[(width, 4 * width), (4 * width,), (4 * width, width), (width,)],
-    ]
-    return [(50257, width), (1024, width), *block * 12, (width,), (width,)]
+def read(path: Path) -> Workload:
+    content = json.loads(path.read_text())
+    tensors = tuple(
+        (tuple(entry["shape"]), entry.get("dtype"))
+        for entry in content["tensors"]
+        for _ in range(entry["count"])
+    )
+    return Workload(
+        path.stem, content["about"], content["dtype"], tuple(content["devices"]), tensors
+    )
 
 
-WORKLOADS: dict[str, Callable[[], Shapes]] = {
-    "lstm": lstm,
-    "small": small,
-    "1000x1000": thousand,
-    "resnet50": resnet50,
-    "gpt2": gpt2,
+# From the fewest to the most elements.
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in sorted(map(read, SHAPES_FOLDER.glob("*.json")), key=lambda w: w.elements)
 }
 
-_COUNTS = {
-    "lstm": (6, 295_434),
-    "small": (20, 41_600),
-    "1000x1000": (1000, 1_000_000),
-    "resnet50": (161, 25_557_032),
-    "gpt2": (148, 124_439_808),
-}
 
-for _name, _make in WORKLOADS.items():
-    _shapes = _make()
-    assert (len(_shapes), sum(map(math.prod, _shapes))) == _COUNTS[_name], _name
+class Gradients:
+    """Parameters whose gradients can be restored, and the float64 truth about these."""
+
+    def __init__(self, workload: Workload, dtype: str, device: torch.device) -> None:
+        """Takes "mixed" as dtype for a workload that says the dtype of each tensor."""
+        dtypes = [DTYPES[own or dtype] for _, own in workload.tensors]
+        shapes = [shape for shape, _ in workload.tensors]
+        sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
+        self.bytes = sum(sizes)
+        self.elements = workload.elements
+
+        generator = torch.Generator(device).manual_seed(0)
+        self.originals: list[torch.Tensor] = []
+        self.parameters: list[torch.nn.Parameter] = []
+        squares = []
+        for shape, d in zip(shapes, dtypes, strict=True):
+            original = torch.randn(shape, generator=generator, device=device).mul_(SIGMA).to(d)
+            squares.append(original.double().square().sum())
+            # Nobody reads a parameter, so all its elements share the memory of one.
+            parameter = torch.nn.Parameter(torch.zeros((), dtype=d, device=device).expand(shape))
+            parameter.grad = original.clone()
+            self.originals.append(original)
+            self.parameters.append(parameter)
+        self.gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.norm = math.sqrt(math.fsum(square.item() for square in squares))
+
+        # The same number of bytes in one piece, for the limits. Two float32 of 0.01 are, read as
+        # one float64, 5e-19: neither is an infinity, a NaN or a denormal that would cost time.
+        self.flat = torch.full((2 * math.ceil(self.bytes / 8),), SIGMA, device=device)
+        self.flat_as_float64 = self.flat.view(torch.float64)
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.gradients, self.originals)
+
+    def restore_flat(self) -> None:
+        self.flat.fill_(SIGMA)

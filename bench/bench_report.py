@@ -1,0 +1,101 @@
+"""What the benchmarks share: where and with what they ran, statistics, and where results go."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradclip_ext
+
+RESULTS_FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Everything outside the code that the times depend on."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device.type,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "cpu_kernels": gradclip_ext._C.instruction_set(),
+        "gradclip_ext": gradclip_ext.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = properties.name
+        facts["compute_capability"] = f"{properties.major}.{properties.minor}"
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def default_path(facts: dict[str, Any], *words: str) -> Path:
+    """A path made of the device, the version of torch, the date and the given words."""
+    parts = [
+        *words,
+        facts.get("gpu", facts["device"]),
+        f"torch{facts['torch']}",
+        facts["date"][:10],
+    ]
+    return RESULTS_FOLDER / (re.sub(r"[^a-z0-9.+]+", "-", "-".join(parts).lower()) + ".json")
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile in microseconds."""
+    cuts = statistics.quantiles(seconds, n=5)
+    return {
+        "median_us": statistics.median(seconds) * 1e6,
+        "q20_us": cuts[0] * 1e6,
+        "q80_us": cuts[3] * 1e6,
+        "calls": len(seconds),
+    }
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+class Table:
+    """Lines of aligned cells, which can be printed as they come."""
+
+    def __init__(self, columns: dict[str, int]) -> None:
+        """Takes titles and widths; a negative width aligns to the left, as for names."""
+        self.columns = columns
+
+    def line(self, cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(-width) if width < 0 else cell.rjust(width)
+            for cell, width in zip(cells, self.columns.values(), strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    def head(self) -> str:
+        return (
+            self.line(list(self.columns))
+            + "\n"
+            + self.line(["-" * abs(width) for width in self.columns.values()])
+        )

@@ -1,0 +1,118 @@
+"""What is compared: ways to clip by norm and by value, behind one signature."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradclip_ext
+
+Parameters = list[torch.nn.Parameter]
+# Both clip in place, the first returns the norm that was there before, where it can tell.
+ClipNorm = Callable[[Parameters, float], Tensor]
+ClipValue = Callable[[Parameters, float], None]
+
+OURS, REFERENCE = "gradclip_ext", "torch"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to clip; a function that it does not have is None."""
+
+    name: str
+    clip_norm: ClipNorm | None
+    clip_value: ClipValue | None
+
+
+def textbook_norm(parameters: Parameters, theta: float) -> Tensor:
+    """The loop of "Dive into Deep Learning" and of many a repository."""
+    norm = torch.sqrt(sum(torch.sum(p.grad**2) for p in parameters))
+    if norm > theta:
+        for parameter in parameters:
+            # Not `grad[:]`: that refuses tensors without dimension.
+            parameter.grad[...] *= theta / norm
+    return norm
+
+
+def textbook_value(parameters: Parameters, bound: float) -> None:
+    for parameter in parameters:
+        parameter.grad.clamp_(-bound, bound)
+
+
+def apex() -> Implementation | None:
+    """NVIDIA Apex, whose clip_grad_norm_ is a drop-in for torch's as well."""
+    try:
+        from apex.contrib.clip_grad import clip_grad_norm_
+    except ImportError:
+        return None
+    return Implementation("apex", clip_grad_norm_, None)
+
+
+def transformer_engine() -> Implementation | None:
+    """Transformer Engine's multi-tensor kernels, put together as Megatron-LM does."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401  (loads the library of the next line)
+        import transformer_engine_torch as kernels
+    except ImportError:
+        return None
+    chunk = 2048 * 32
+
+    def clip_norm(parameters: Parameters, max_norm: float) -> Tensor:
+        # Each launch takes tensors of a single dtype.
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        overflow = torch.zeros(1, dtype=torch.int, device=parameters[0].grad.device)
+        norms = [
+            kernels.multi_tensor_l2norm(chunk, overflow, [gradients], False)[0]
+            for gradients in groups.values()
+        ]
+        norm = torch.linalg.vector_norm(torch.cat(norms))
+        coefficient = max_norm / (norm.item() + 1e-6)
+        if coefficient < 1:
+            for gradients in groups.values():
+                kernels.multi_tensor_scale(chunk, overflow, [gradients, gradients], coefficient)
+        return norm
+
+    return Implementation("transformer_engine", clip_norm, None)
+
+
+def compiled() -> Implementation:
+    """torch.compile of torch's functions, without what it compiled for other gradients."""
+    torch._dynamo.reset()
+    return Implementation(
+        "torch.compile",
+        torch.compile(torch.nn.utils.clip_grad_norm_),
+        torch.compile(torch.nn.utils.clip_grad_value_),
+    )
+
+
+def implementations(device: torch.device, with_compile: bool) -> list[Implementation]:
+    """All that can run on the device, torch's and ours first. Ask again for other gradients."""
+    norm, value = torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_
+
+    def with_foreach(foreach: bool) -> Implementation:
+        arguments: dict[str, Any] = {"foreach": foreach}
+        return Implementation(
+            f"torch foreach={foreach}",
+            functools.partial(norm, **arguments),
+            functools.partial(value, **arguments),
+        )
+
+    found: list[Implementation | None] = [
+        Implementation(REFERENCE, norm, value),
+        Implementation(OURS, gradclip_ext.clip_grad_norm_, gradclip_ext.clip_grad_value_),
+        with_foreach(False),
+        with_foreach(True),
+        Implementation("textbook loop", textbook_norm, textbook_value),
+    ]
+    if device.type == "cuda":
+        found += [apex(), transformer_engine()]
+    if with_compile:
+        found.append(compiled())
+    return [implementation for implementation in found if implementation is not None]

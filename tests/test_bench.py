@@ -1,0 +1,182 @@
+"""The benchmarks in bench/: a quick run of each, and the data that they are made from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).resolve().parent.parent
+# Published numbers: tensors and elements.
+COUNTS = {
+    "one_scalar": (1, 1),
+    "many_small_10": (10, 80),
+    "many_small_100": (100, 800),
+    "many_small": (1000, 8000),
+    "small": (20, 41_600),
+    "lstm": (6, 295_434),
+    "mlp": (6, 669_706),
+    "1000x1000": (1000, 1_000_000),
+    "mobilenet_v3": (174, 5_483_032),
+    "mixed_500_small": (500, 14_061_300),
+    "resnet50": (161, 25_557_032),
+    "one_huge": (1, 67_108_864),
+    "vit_b": (152, 86_567_656),
+    "gpt2": (148, 124_439_808),
+    "mixed_500": (500, 225_000_000),
+    "llama3_8b": (291, 8_030_261_248),
+}
+QUICK_WORKLOADS = ["one_scalar", "small"]
+EVERYWHERE = {"torch", "gradclip_ext", "torch foreach=False", "textbook loop"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_on_path() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    # Two threads would wait for each other where the machine has other work.
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        # bench_step.py adds the folder of the demo, which goes with the rest.
+        patch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+        yield
+    torch.set_num_threads(threads)
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def report_path(bench_on_path: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "new" / "quick.json"
+    arguments = ["--suite", "ci", "--seconds", "0", "--threads", "1", "--output", str(path)]
+    assert module("bench_clip").main([*arguments, "--workloads", *QUICK_WORKLOADS]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(report_path: Path) -> dict[str, Any]:
+    return json.loads(report_path.read_text())
+
+
+def test_shape_files_are_what_the_formulas_make() -> None:
+    make_shapes = module("make_shapes")
+    files = {path.stem: path.read_text() for path in make_shapes.SHAPES_FOLDER.glob("*.json")}
+    assert files == {name: make_shapes.text(w) for name, w in make_shapes.workloads().items()}
+
+
+def test_workloads_have_the_published_counts() -> None:
+    workloads = module("workloads").WORKLOADS
+    assert {name: (len(w.tensors), w.elements) for name, w in workloads.items()} == COUNTS
+
+
+def test_mixed_workload_has_gradients_of_both_dtypes() -> None:
+    workloads = module("workloads")
+    mixed = workloads.Gradients(
+        workloads.WORKLOADS["mixed_500_small"], "mixed", torch.device("cpu")
+    )
+    dtypes = [gradient.dtype for gradient in mixed.gradients]
+    assert dtypes.count(torch.bfloat16) == dtypes.count(torch.float32) == 250
+    assert mixed.bytes == sum(gradient.nbytes for gradient in mixed.gradients)
+
+
+def test_report_has_a_row_for_every_case(report: dict[str, Any]) -> None:
+    rows = [(row["workload"], row["dtype"], row["kind"]) for row in report["rows"]]
+    assert rows == [
+        (workload, dtype, kind)
+        for workload in QUICK_WORKLOADS
+        for dtype in ("float32", "bfloat16")
+        for kind in ("quiet", "clip", "value")
+    ]
+    assert report["device"] == "cpu" and report["threads"] == 1
+    assert report["torch"] == torch.__version__
+
+
+def test_ratios_come_from_the_medians(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        implementations = row["implementations"]
+        assert implementations.keys() >= EVERYWHERE
+        ours = implementations["gradclip_ext"]
+        assert row["ratio"] == implementations["torch"]["median_us"] / ours["median_us"]
+        assert row["ratio_to_limit"] == ours["median_us"] / row["limit_us"]
+        for values in implementations.values():
+            assert 0 < values["q20_us"] <= values["median_us"] <= values["q80_us"]
+            assert values["calls"] >= 7
+
+
+def test_limit_is_the_faster_read_and_where_needed_a_multiplication(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        medians = {name: values["median_us"] for name, values in row["limits"].items()}
+        reads = [median for name, median in medians.items() if name.startswith("read")]
+        expected = {
+            "quiet": lambda m=medians, r=reads: min(r),
+            "clip": lambda m=medians, r=reads: min(r) + m["multiply after read"],
+            "value": lambda m=medians, r=reads: m["multiply"],
+        }[row["kind"]]()
+        assert row["limit_us"] == expected
+
+
+def test_errors_are_within_the_tolerance(report: dict[str, Any]) -> None:
+    tolerances = {"float32": 2e-7, "bfloat16": 4e-3}
+    for row in report["rows"]:
+        error = row["implementations"]["gradclip_ext"]["relative_error"]
+        assert (error["norm"] is None) == (row["kind"] == "value")
+        assert (error["norm"] or 0.0) <= tolerances[row["dtype"]]
+        assert error["gradients"] <= tolerances[row["dtype"]]
+
+
+def test_a_wrong_result_of_ours_stops_the_run(tmp_path: Path) -> None:
+    bench_clip = module("bench_clip")
+    wrong = bench_clip.Implementation("gradclip_ext", lambda parameters, _: torch.ones(()), None)
+    workload = module("workloads").WORKLOADS["small"]
+    gradients = module("workloads").Gradients(workload, "float32", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="gradclip_ext is wrong"):
+        bench_clip.checked(wrong, "clip", "float32", gradients)
+    textbook = bench_clip.Implementation("other", wrong.clip_norm, None)
+    assert not bench_clip.checked(textbook, "clip", "float32", gradients)["believable"]
+    assert bench_clip.checked(textbook, "value", "float32", gradients) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_check_leaves_the_originals_alone(dtype: str) -> None:
+    bench_clip, workloads = module("bench_clip"), module("workloads")
+    device = torch.device("cpu")
+    gradients = workloads.Gradients(workloads.WORKLOADS["small"], dtype, device)
+    before = [original.clone() for original in gradients.originals]
+    ours = bench_clip.implementations(device, with_compile=False)[1]
+    for kind in bench_clip.KINDS:
+        verdict = bench_clip.checked(ours, kind, dtype, gradients)
+        assert verdict["believable"]
+        assert bench_clip.largest(verdict["relative_error"]) <= bench_clip.TOLERANCE[dtype]
+    assert all(map(torch.equal, gradients.originals, before))
+
+
+def test_plots_are_pictures(report_path: Path) -> None:
+    assert module("plot").main([str(report_path)]) == 0
+    for name in ("speedup", "bytes", "tensors", "error"):
+        picture = report_path.with_name(f"quick-{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_step_benchmark_reports_shares(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    arguments = ["--models", "transformer", "--steps", "2", "--threads", "1"]
+    assert module("bench_step").main([*arguments, "--output", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["model"] == "transformer"
+    medians = {}
+    for name, values in row["implementations"].items():
+        medians[name] = values["clip"]["median_us"]
+        assert values["share"] == pytest.approx(medians[name] / values["step"]["median_us"])
+        assert 0 < values["share"] < 1
+    assert row["clip_ratio"] == medians["torch"] / medians["gradclip_ext"]
