@@ -133,6 +133,20 @@ def parameters(gradients: Sequence[Tensor | None]) -> list[torch.nn.Parameter]:
     return [parameter(gradient) for gradient in gradients]
 
 
+class Holder(torch.nn.Parameter):
+    """A parameter whose gradient may be any tensor: another shape, layout, dtype or type."""
+
+    def __new__(cls, gradient: Tensor) -> Holder:
+        return super().__new__(cls, torch.zeros(1))
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.held = gradient
+
+    @property
+    def grad(self) -> Tensor:
+        return self.held
+
+
 def random_gradient(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Tensor:

@@ -296,11 +296,11 @@ class TestNothingIsWrittenBeforeAnError:
         }[kind]()
         first = torch.full((3,), 5.0)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            gradclip_ext.clip_grad_value_([ref.parameter(first), _property_holder(bad)], 0.5)
+            gradclip_ext.clip_grad_value_([ref.parameter(first), ref.Holder(bad)], 0.5)
         if kind == "float8":
             with pytest.raises((RuntimeError, NotImplementedError)):
                 gradclip_ext.clip_grads_with_norm_(
-                    [ref.parameter(first), _property_holder(bad)], 0.5, 5.0
+                    [ref.parameter(first), ref.Holder(bad)], 0.5, 5.0
                 )
         assert first.tolist() == [5.0] * 3
 
@@ -311,7 +311,7 @@ class TestNothingIsWrittenBeforeAnError:
             torch.tensor([[0, 2]]), torch.full((1, 3), 7.0).expand(2, 3), (5, 3), is_coalesced=True
         )
         with pytest.raises(RuntimeError, match=r"parameters\[1\].grad: unsupported operation"):
-            gradclip_ext.clip_grad_norm_([ref.parameter(first), _property_holder(sparse)], 1.0)
+            gradclip_ext.clip_grad_norm_([ref.parameter(first), ref.Holder(sparse)], 1.0)
         assert first.tolist() == [5.0] * 4
 
     @by_function
@@ -320,25 +320,12 @@ class TestNothingIsWrittenBeforeAnError:
         freed = torch.ones(6)
         freed.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError) as caught:
-            CALLS[function](ref.parameters([first]) + [_holder(freed)])
+            CALLS[function](ref.parameters([first]) + [ref.Holder(freed)])
         assert str(caught.value) == (
             f"{function}: parameters[1].grad of shape (6,) has no memory: its storage was resized "
             "to 0 bytes"
         )
         assert first.tolist() == [5.0] * 3
-
-
-def _property_holder(gradient):
-    class Holder(torch.nn.Parameter):
-        grad = gradient
-
-    return Holder(torch.zeros(1))
-
-
-def _holder(gradient):
-    holder = torch.zeros(gradient.shape)
-    holder.grad = gradient
-    return holder
 
 
 class TestWarnings:

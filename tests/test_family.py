@@ -31,20 +31,6 @@ def test_signature_extends_torchs(name):
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
-class Holder(torch.nn.Parameter):
-    """A parameter whose gradient may be any tensor."""
-
-    def __new__(cls, gradient):
-        return super().__new__(cls, torch.zeros(1))
-
-    def __init__(self, gradient):
-        self.held = gradient
-
-    @property
-    def grad(self):
-        return self.held
-
-
 class TestClipGradsWithNorm:
     @by_foreach
     @by_dtype
@@ -223,15 +209,15 @@ class TestSharedMemory:
     @pytest.mark.parametrize("order", [2.0, 3.0], ids=["native order", "torch's order"])
     def test_a_strided_view_twice(self, order):
         ours, theirs = torch.ones(8), torch.ones(8)
-        mine, other = Holder(ours[::2]), Holder(theirs[::2])
+        mine, other = ref.Holder(ours[::2]), ref.Holder(theirs[::2])
         gradclip_ext.clip_grad_norm_([mine, mine], 1.0, order)
         torch.nn.utils.clip_grad_norm_([other, other], 1.0, order)
         torch.testing.assert_close(ours, theirs)
 
     def test_a_whole_and_a_strided_view_of_it(self):
         ours, theirs = torch.ones(8), torch.ones(8)
-        gradclip_ext.clip_grad_norm_([Holder(ours), Holder(ours[::2])], 1.0)
-        torch.nn.utils.clip_grad_norm_([Holder(theirs), Holder(theirs[::2])], 1.0)
+        gradclip_ext.clip_grad_norm_([ref.Holder(ours), ref.Holder(ours[::2])], 1.0)
+        torch.nn.utils.clip_grad_norm_([ref.Holder(theirs), ref.Holder(theirs[::2])], 1.0)
         torch.testing.assert_close(ours, theirs)
 
     @pytest.mark.parametrize("coalesced", [True, False], ids=["coalesced", "uncoalesced"])
@@ -240,7 +226,7 @@ class TestSharedMemory:
             torch.tensor([[0, 0, 2]]), torch.tensor([1.0, 2.0, 4.0]), (5,), check_invariants=True
         )
         sparse = sparse.coalesce() if coalesced else sparse
-        norm = gradclip_ext.clip_grad_norm_([Holder(sparse), Holder(sparse)], 1.0)
+        norm = gradclip_ext.clip_grad_norm_([ref.Holder(sparse), ref.Holder(sparse)], 1.0)
         assert norm.item() == pytest.approx(math.sqrt(50), rel=1e-6)
         expected = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0]) / 50
         torch.testing.assert_close(sparse.to_dense(), expected)
@@ -251,7 +237,7 @@ class TestNothingIsWrittenWithoutNeed:
         values = torch.tensor([2048.0, 1.0], dtype=torch.float16)  # their sum would round
         sparse = torch.sparse_coo_tensor([[0, 0]], values, (3,), check_invariants=True)
         version = sparse._version
-        gradclip_ext.clip_grad_norm_([Holder(sparse)], 1e5)
+        gradclip_ext.clip_grad_norm_([ref.Holder(sparse)], 1e5)
         assert sparse._values().tolist() == [2048.0, 1.0]
         assert not sparse.is_coalesced()
         assert sparse._version > version
@@ -260,7 +246,7 @@ class TestNothingIsWrittenWithoutNeed:
     def test_general_way_counts_versions_as_torch_does(self, max_norm):
         view = torch.ones(4, 4)[:, ::2]
         version = view._version
-        gradclip_ext.clip_grad_norm_([Holder(view)], max_norm)
+        gradclip_ext.clip_grad_norm_([ref.Holder(view)], max_norm)
         assert view._version > version
 
 
@@ -333,7 +319,7 @@ class TestSideEffects:
     def test_number_as_norm_under_a_default_device(self):
         gradients = [torch.full((4,), 8.0), torch.full((8,), 8.0)[::2]]
         with torch.device("meta"):
-            gradclip_ext.clip_grads_with_norm_([Holder(g) for g in gradients], 1.0, 4.0)
+            gradclip_ext.clip_grads_with_norm_([ref.Holder(g) for g in gradients], 1.0, 4.0)
         for gradient in gradients:
             assert gradient.tolist() == pytest.approx([2.0] * 4, rel=1e-6)
 
@@ -375,7 +361,7 @@ class TestSideEffects:
             "clip_grad_value_": (0.5,),
         }[name]
         gradient = torch.ones(8)[::2] if strided else torch.ones(4)
-        given = [gradient] if name == "get_total_norm" else [Holder(gradient)]
+        given = [gradient] if name == "get_total_norm" else [ref.Holder(gradient)]
         with torch.profiler.profile() as profile:
             getattr(gradclip_ext, name)(given, *arguments)
         ranges = [e for e in profile.events() if e.name == f"gradclip_ext::{name}"]

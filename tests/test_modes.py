@@ -237,9 +237,7 @@ class TestSubclasses:
     def test_wrapper_subclass(self, mixed):
         wrapped = Wrapper(torch.tensor([3.0, 4.0]))
         assert not _C.is_native(wrapped)
-        holder = torch.zeros(2)
-        holder = Holder(wrapped)
-        gradients = [holder]
+        gradients = [ref.Holder(wrapped)]
         expected = 5.0
         if mixed:
             gradients += ref.parameters([torch.tensor([12.0])])
@@ -281,20 +279,6 @@ class TestSubclasses:
 
         parameters = [Emptying(torch.zeros(2)), *ref.parameters([torch.ones(2)] * 50)]
         assert gradclip_ext.clip_grad_norm_(parameters, 10.0).item() == 5.0
-
-
-class Holder(torch.nn.Parameter):
-    """A parameter whose gradient may be of any type."""
-
-    def __new__(cls, gradient):
-        return super().__new__(cls, torch.zeros(1))
-
-    def __init__(self, gradient):
-        self.held = gradient
-
-    @property
-    def grad(self):
-        return self.held
 
 
 @pytest.mark.filterwarnings("ignore:.*(deprecated|prototype|experimental).*")
