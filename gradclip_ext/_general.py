@@ -45,10 +45,9 @@ class _Gradients:
         self.in_place: list[Tensor] = []
         native_allowed = norm_type in _NATIVE_ORDERS and not _observed()
         for gradient in given:
-            stored, values = gradient, gradient
-            if gradient.layout == torch.sparse_coo:
-                stored = _torch_private.stored_values(gradient)
-                values = stored if gradient.is_coalesced() else gradient.coalesce().values()
+            stored = values = _stored(gradient)
+            if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
+                values = gradient.coalesce().values()
             if not native_allowed or not _C.is_native(values):
                 self.foreign.append(values)
                 self.in_place.append(stored)
