@@ -19,6 +19,9 @@ from gradclip_ext import _C, _arguments, _torch_ops, _torch_private
 
 _NATIVE_ORDERS = (1.0, 2.0, float("inf"))
 
+# As in csrc/cpu/kernels_body.h: a smaller one would lose bits, or vanish, in float32.
+_SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
+
 
 class _Gradients:
     """Gradients, sorted by who measures and who writes them.
@@ -78,11 +81,15 @@ class _Gradients:
 
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
         """Multiply every gradient by a 0-dim tensor; 1 on the CPU writes nothing."""
-        if _is_plain_cpu(coefficient) and coefficient.item() == 1.0:
+        known = coefficient.item() if _is_plain_cpu(coefficient) else None
+        if known == 1.0:
             self.bump_versions()
             return
         # First, because torch's operations may fail, and the native ones cannot.
-        _torch_ops.scale_(self.in_place, coefficient, foreach)
+        if known is not None and abs(known) < _SMALLEST_FLOAT32_COEFFICIENT:
+            _torch_ops.scale_in_float64_(self.in_place, coefficient)
+        else:
+            _torch_ops.scale_(self.in_place, coefficient, foreach)
         if self.native:
             _C.scale_(self.native, coefficient.item())
         self._bump_versions_of_sparse()

@@ -79,6 +79,13 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None)
                 tensor.mul_(factor)
 
 
+def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """As :func:`scale_`, for a coefficient that the tensors' own dtype could not hold."""
+    for tensor in tensors:
+        wide = tensor.to(_widened(tensor, torch.float64))
+        tensor.copy_(wide.mul_(coefficient.to(tensor.device)))
+
+
 def clamp_(tensors: Sequence[Tensor], bound: float, foreach: bool | None) -> None:
     """Limit every element of every tensor to ``[-bound, bound]`` in place."""
     for _, group, multi_tensor in _groups(tensors, foreach):
