@@ -164,6 +164,7 @@ def copies(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 # Layouts: each takes a contiguous matrix of at least 2 x 2 and gives a tensor of the same values.
+# Gaps are filled with 768, which is exact in every dtype.
 
 
 def _contiguous(matrix: Tensor) -> Tensor:
@@ -175,14 +176,14 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 
 def _every_second_column(matrix: Tensor) -> Tensor:
-    storage = torch.full((matrix.shape[0], matrix.shape[1] * 2), 777.0).to(matrix.dtype)
+    storage = torch.full((matrix.shape[0], matrix.shape[1] * 2), 768.0).to(matrix.dtype)
     view = storage[:, ::2]
     view.copy_(matrix)
     return view
 
 
 def _offset_by_one(matrix: Tensor) -> Tensor:
-    storage = torch.full((matrix.numel() + 2,), 777.0).to(matrix.dtype)
+    storage = torch.full((matrix.numel() + 2,), 768.0).to(matrix.dtype)
     view = storage[1:-1].view(matrix.shape)
     view.copy_(matrix)
     return view
@@ -194,7 +195,7 @@ def _channels_last(matrix: Tensor) -> Tensor:
 
 
 def _column_slice(matrix: Tensor) -> Tensor:
-    storage = torch.full((matrix.shape[0], matrix.shape[1] + 3), 777.0).to(matrix.dtype)
+    storage = torch.full((matrix.shape[0], matrix.shape[1] + 3), 768.0).to(matrix.dtype)
     view = storage[:, 1 : 1 + matrix.shape[1]]
     view.copy_(matrix)
     return view
