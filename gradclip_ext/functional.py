@@ -72,7 +72,8 @@ def clip_grad_norm_(
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
     if not is_compiling():
-        limit = _read_limit(limit)
+        if type(limit) is not float:
+            limit = _read_limit(limit)
         if type(limit) is float:
             norm = _C.clip_grad_norm_(parameter_list, limit, order, bool(error_if_nonfinite), dtype)
             if norm is not None:

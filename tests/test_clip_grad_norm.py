@@ -168,10 +168,17 @@ def test_non_finite_values_propagate_as_in_torch(value, position, dtype, order):
         assert torch.equal(mine.nan_to_num(1.0), other.nan_to_num(1.0))
 
 
-@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-25, 1e-10, 1.0, 1e10, 2e22, 3e38], ids=str)
-def test_any_finite_float32_magnitude(magnitude):
+# Squares that vanish in float32, that nearly do, that overflow when four are added, and at once.
+MAGNITUDES = [1e-45, 1e-38, 1e-25, 1e-23, 2e-19, 1e-17, 8.8e-16, 9e-16, 1e-10, 1.0, 1e10, 7e18]
+MAGNITUDES += [1.2e19, 2e22, 3e38]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("magnitude", MAGNITUDES, ids=str)
+def test_any_finite_magnitude(magnitude, dtype):
     # torch: 2e22 gives inf and zeroes every gradient; 1e-25 gives 0.
     gradients = [torch.full((1000,), magnitude), torch.full((10, 10), -magnitude)]
+    gradients = [gradient.to(dtype) for gradient in gradients]
     before = [ref.widened(gradient) for gradient in gradients]
     expected = ref.reference_norm(before, 2.0)
     # Below 1e-6 the epsilon leads; a max_norm far below it still clips.
@@ -180,6 +187,19 @@ def test_any_finite_float32_magnitude(magnitude):
     ref.assert_norm(norm, before, 2.0)
     for gradient, original in zip(gradients, before, strict=True):
         ref.assert_scaled(gradient, original, ref.reference_coefficient(max_norm, expected))
+
+
+@by_order
+@pytest.mark.parametrize("small, large", [(0.0, 1e-30), (1e-22, 1e-17), (1e-25, 1.0), (1e-3, 1e19)])
+def test_few_large_values_among_many_small_ones(small, large, order):
+    # Each alone at every place of a step of the kernels, and in a list longer than a tile.
+    for place in (0, 1, 17, 63, 64, 300, 999):
+        gradient = torch.full((1000,), small)
+        gradient[place] = large
+        ref.assert_norm(gradclip_ext.get_total_norm([gradient], order), [gradient], order)
+    gradients = [torch.full((20_000,), small) for _ in range(3)]
+    gradients[1][12_345] = large
+    ref.assert_norm(gradclip_ext.get_total_norm(gradients, order), gradients, order)
 
 
 def test_norm_beyond_float32_still_scales_right():
@@ -213,13 +233,18 @@ def test_float16_norm_overflow_returns_inf_and_clips_right():
     assert gradients[0][0].item() == pytest.approx(0.01, rel=2**-10)
 
 
+@by_order
 @by_real_dtype
-def test_all_equal_values(dtype):
+def test_all_equal_values(dtype, order):
     # Equal values make every rounding error point the same way; random ones hide it.
-    for size in (1000, 4096, 100_003):
-        for value in (0.1, 1.0 / 3.0, 1.7):
+    generator = torch.Generator().manual_seed(0)
+    values = [0.1, 1.0 / 3.0, 1.7, *(torch.rand(20, generator=generator) + 0.5).tolist()]
+    for size in (1000, 4096, 20_003):
+        for value in values:
             gradient = torch.full((size,), value, dtype=torch.float64).to(dtype)
-            ref.assert_norm(gradclip_ext.get_total_norm(gradient), [gradient], 2.0)
+            for result in (None, torch.float32, torch.float64):
+                norm = gradclip_ext.get_total_norm(gradient, order, dtype=result)
+                ref.assert_norm(norm, [gradient], order)
 
 
 def test_bfloat16_coefficient_is_not_rounded_to_bfloat16():

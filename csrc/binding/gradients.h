@@ -31,8 +31,11 @@ class Gradients {
 
   void reserve(size_t count);
 
-  // False, with nothing added, when the tensor has to take the way through torch's operations.
-  bool add(const at::Tensor& tensor);
+  void add(const at::Tensor& tensor);
+
+  // To be called once, after the last one was added. False when any of the tensors has to take the
+  // way through torch's operations.
+  bool accept();
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
 

@@ -95,7 +95,7 @@ py::object py_power_sum(py::handle tensors, double norm_type) {
   at::Tensor sum;
   {
     py::gil_scoped_release release;
-    sum = scalar_tensor(power_sum(gradients, *norm), at::kDouble);
+    sum = scalar_tensor(power_sum(gradients, *norm, Precision::kFloat64), at::kDouble);
   }
   return wrap_or_none(sum);
 }

@@ -38,23 +38,21 @@ void write(const Gradients& gradients, const Work& work) {
   for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
 }
 
-double norm_of(const Gradients& gradients, Norm norm) {
-  return finish(norm, power_sum(gradients, norm));
-}
-
-at::Tensor result(const Gradients& gradients, double norm, std::optional<at::ScalarType> dtype) {
-  return scalar_tensor(norm, dtype.value_or(gradients.norm_dtype()));
+// Good for a result of that dtype.
+double norm_of(const Gradients& gradients, Norm norm, at::ScalarType dtype) {
+  const Precision precision = dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
+  return finish(norm, power_sum(gradients, norm, precision));
 }
 
 }  // namespace
 
-double power_sum(const Gradients& gradients, Norm norm) {
+double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
   const FlatIndex index = gradients.index_for_reading();
   if (index.tensors() == 0) return 0.0;
   std::vector<double> slots(
       static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
   for_all_workers(index, /*serial=*/false,
-                  [&](Range workers) { cpu::power_sums(index, norm, workers, slots.data()); });
+                  [&](Range workers) { cpu::power_sums(index, norm, precision, workers, slots.data()); });
   PowerSum total(norm);
   for (const double partial : slots) total.add(partial);
   return total.value();
@@ -78,19 +76,21 @@ std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, double max
                                           bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype) {
   RECORD_FUNCTION("gradclip_ext::clip_grad_norm_", {});
-  const double total_norm = norm_of(gradients, norm);
+  const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
+  const double total_norm = norm_of(gradients, norm, result_dtype);
   if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
   scale_(gradients, clip_coefficient(max_norm, total_norm));
-  return result(gradients, total_norm, dtype);
+  return scalar_tensor(total_norm, result_dtype);
 }
 
 std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype) {
   RECORD_FUNCTION("gradclip_ext::get_total_norm", {});
-  const double total_norm = norm_of(gradients, norm);
+  const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
+  const double total_norm = norm_of(gradients, norm, result_dtype);
   if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
-  return result(gradients, total_norm, dtype);
+  return scalar_tensor(total_norm, result_dtype);
 }
 
 void clip_grads_with_norm_(const Gradients& gradients, double max_norm, double total_norm) {

@@ -13,7 +13,7 @@
 namespace gradclip::binding {
 
 // Sum of |x|^p over all gradients, or their largest magnitude for the infinity norm.
-double power_sum(const Gradients& gradients, Norm norm);
+double power_sum(const Gradients& gradients, Norm norm, Precision precision);
 
 // Multiplies every gradient in place. A coefficient of exactly 1 writes nothing.
 void scale_(const Gradients& gradients, double coefficient);

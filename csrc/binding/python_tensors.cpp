@@ -30,20 +30,22 @@ bool add_grad_attribute(PyObject* parameter, Gradients* gradients) {
   const Reference grad(PyObject_GetAttrString(parameter, "grad"));
   if (grad.get() == nullptr) throw pybind11::error_already_set();
   if (grad.get() == Py_None) return true;
-  return THPVariable_Check(grad.get()) && gradients->add(THPVariable_Unpack(grad.get()));
+  if (!THPVariable_Check(grad.get())) return false;
+  gradients->add(THPVariable_Unpack(grad.get()));
+  return true;
 }
 
 bool add(PyObject* item, Read read, Gradients* gradients) {
   if (!THPVariable_CheckExact(item)) {
     if (!THPVariable_Check(item)) return false;
-    return read == Read::kGrads ? add_grad_attribute(item, gradients)
-                                : gradients->add(THPVariable_Unpack(item));
+    if (read == Read::kGrads) return add_grad_attribute(item, gradients);
   }
   const at::Tensor& tensor = THPVariable_Unpack(item);
-  if (read == Read::kTensors) return gradients->add(tensor);
-  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
-  if (grad.defined()) return gradients->add(grad);
-  return tensor.is_leaf() || add_grad_attribute(item, gradients);
+  const at::Tensor& read_tensor =
+      read == Read::kGrads ? tensor.unsafeGetTensorImpl()->grad() : tensor;
+  if (!read_tensor.defined()) return tensor.is_leaf() || add_grad_attribute(item, gradients);
+  gradients->add(read_tensor);
+  return true;
 }
 
 }  // namespace
@@ -59,7 +61,7 @@ bool gather(PyObject* sequence, Read read, Gradients* gradients) {
     const Reference held(item);
     if (!add(item, read, gradients)) return false;
   }
-  return true;
+  return gradients->accept();
 }
 
 at::Tensor unpack(PyObject* object) {

@@ -13,6 +13,10 @@ namespace gradclip {
 
 enum class Norm : uint8_t { kL1, kL2, kInf };
 
+// What a sum has to be good for: a result that is rounded to float32 or less, to two units of its
+// last place; or one in float64.
+enum class Precision : uint8_t { kFloat32, kFloat64 };
+
 // Combines partial power sums. Sums are compensated (Neumaier, "Rundungsfehleranalyse einiger
 // Verfahren zur Summation endlicher Summen", 1974): the result does not depend on how many partials
 // there are, to the last bit or two of a double. NaN and infinity always propagate.

@@ -22,7 +22,8 @@ Range tiles_of_workers(const FlatIndex& index, Range workers) {
 
 int64_t worker_count(const FlatIndex& index) { return std::min(index.tiles(), kMaxWorkers); }
 
-void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots) noexcept {
+void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range workers,
+                double* slots) noexcept {
   const Kernels& kernel = kernels();
   const int64_t count = worker_count(index);
   const Range tiles = tiles_of_workers(index, workers);
@@ -43,7 +44,7 @@ void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots)
       if (slot_of(tensor, worker) == slot + 2) slots[slot + 1] = 0.0;
       slot = slot_of(tensor, worker);
     }
-    sum.add(kernel.power_sum(norm, part));
+    sum.add(kernel.power_sum(norm, precision, part));
   });
   slots[slot] = sum.value();
 }

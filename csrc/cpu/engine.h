@@ -16,7 +16,8 @@ int64_t worker_count(const FlatIndex& index);
 
 // Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
 // after all workers ran, every one of the slot_count(tensors, workers) slots is written.
-void power_sums(const FlatIndex& index, Norm norm, Range workers, double* slots) noexcept;
+void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range workers,
+                double* slots) noexcept;
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
 

@@ -21,7 +21,7 @@ namespace gradclip::cpu {
 namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#define GRADCLIP_F16C_BITS 256
+#define GRADCLIP_X86_BITS 256
 constexpr int kVectorBytes = 32;
 #include "cpu/kernels_body.h"
 #pragma GCC pop_options

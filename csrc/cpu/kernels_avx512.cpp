@@ -21,7 +21,7 @@ namespace gradclip::cpu {
 namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#define GRADCLIP_F16C_BITS 512
+#define GRADCLIP_X86_BITS 512
 constexpr int kVectorBytes = 64;
 #include "cpu/kernels_body.h"
 #pragma GCC pop_options

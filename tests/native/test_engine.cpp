@@ -99,11 +99,11 @@ void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
   for (std::thread& thread : running) thread.join();
 }
 
-double measured(const FlatIndex& index, Norm norm, int64_t threads) {
+double measured(const FlatIndex& index, Norm norm, Precision precision, int64_t threads) {
   const size_t slots = static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index)));
   std::vector<double> scratch(slots + 1, kNaN);
   on_threads(index, threads,
-             [&](Range range) { cpu::power_sums(index, norm, range, scratch.data()); });
+             [&](Range range) { cpu::power_sums(index, norm, precision, range, scratch.data()); });
   PowerSum total(norm);
   for (size_t i = 0; i < slots; ++i) {
     CHECK(!std::isnan(scratch[i]));
@@ -140,7 +140,11 @@ void test_list(const std::vector<std::pair<int64_t, DType>>& shapes) {
         }
       }
     }
-    for (const int64_t threads : {1, 2, 3, 5, 8}) CHECK(measured(index, norm, threads) == expected);
+    for (const Precision precision : {Precision::kFloat32, Precision::kFloat64}) {
+      for (const int64_t threads : {1, 2, 3, 5, 8}) {
+        CHECK(measured(index, norm, precision, threads) == expected);
+      }
+    }
   }
 
   for (const int64_t threads : {1, 3}) {
