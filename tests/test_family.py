@@ -393,3 +393,25 @@ def test_every_16_bit_value_is_measured_right(dtype):
     finite = every[every.isfinite()]
     total = gradclip_ext.get_total_norm([finite], 1.0, dtype=torch.float64).item()
     assert total == pytest.approx(finite.double().abs().sum().item(), rel=1e-14)
+
+
+@by_16_bit_dtype
+def test_every_16_bit_nan_and_infinity_stays_one(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    scaled, limited = every.clone(), every.clone()
+    gradclip_ext.clip_grads_with_norm_(ref.parameter(scaled), 1.0, 3.0)
+    gradclip_ext.clip_grad_value_(ref.parameter(limited), 1.0)
+    assert torch.equal(scaled.isnan(), every.isnan())
+    assert torch.equal(scaled.isinf(), every.isinf())
+    assert torch.equal(limited.nan_to_num(0.0), every.nan_to_num(0.0).clamp(-1.0, 1.0))
+    assert torch.equal(limited.isnan(), every.isnan())
+
+
+@by_16_bit_dtype
+@pytest.mark.parametrize("bits", [0x7FF8000000000000, -1, 0x7FFFFFFFFFFFFFFF, 0x7FF80000E0000000])
+def test_any_nan_as_norm_makes_nan(bits, dtype):
+    # Whatever the payload: a rounding to bfloat16 that carried out of it would make a number.
+    nan = torch.tensor([bits], dtype=torch.int64).view(torch.float64)
+    gradient = torch.arange(-50, 50).to(dtype)
+    gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), 1.0, nan)
+    assert gradient.isnan().all()

@@ -247,7 +247,9 @@ void multiply(Element* values, int64_t count, double coefficient) {
     }
     return;
   }
-  const float factor = static_cast<float>(coefficient);
+  // A NaN of somebody's may hold anything in the half that bfloat16 cuts off.
+  const float factor = std::isnan(coefficient) ? std::numeric_limits<float>::quiet_NaN()
+                                               : static_cast<float>(coefficient);
   int64_t i = 0;
   for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
     const TwoFloats two = load_two(values + i);

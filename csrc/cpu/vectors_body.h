@@ -134,11 +134,10 @@ GRADCLIP_INLINE TwoFloats load_two(const BFloat16* values) {
 }
 
 // The rounded number in the upper half of each word; what is left in the lower half means nothing.
+// A NaN stays one, as long as its lower half is 0: that of a bfloat16 is, and so is the processor's.
 GRADCLIP_INLINE Words rounded_to_bfloat16(Floats vector) {
   const Words bits = reinterpret_cast<Words>(vector);
-  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Ints magnitude = reinterpret_cast<Ints>(bits & 0x7fffffffu);
-  return magnitude > 0x7f800000 ? Words{} + 0x7fc00000u : rounded;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 GRADCLIP_INLINE void store_two(const TwoFloats& vectors, BFloat16* values) {
