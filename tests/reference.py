@@ -16,16 +16,17 @@ NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 NATIVE_ORDERS = (1.0, 2.0, math.inf)
 
-# Relative error of one scaled element: the coefficient rounded once to the compute dtype, one
-# product rounded in the compute dtype, one rounding to the stored dtype. For float64, where the
-# norm is computed in the same precision: its own two units, and a rounding each for adding the
-# epsilon, dividing and multiplying.
+# Relative error of one scaled element: the norm's own, whose sums are in short chains of float32,
+# counted as one rounding (equal values, the worst case found, come to 1.2); the coefficient rounded
+# once to the compute dtype, one product rounded in the compute dtype, one rounding to the stored
+# dtype. For float64, where the norm is computed in the same precision: its own two units, and a
+# rounding each for adding the epsilon, dividing and multiplying.
 ELEMENT_TOLERANCE = {
-    torch.float32: 2.0 * 2**-24,
+    torch.float32: 3.0 * 2**-24,
     torch.float64: 7.0 * 2**-53,
-    torch.float16: 2**-11 + 2.0 * 2**-24,
-    torch.bfloat16: 2**-8 + 2.0 * 2**-24,
-    torch.complex64: 4.0 * 2**-24,
+    torch.float16: 2**-11 + 3.0 * 2**-24,
+    torch.bfloat16: 2**-8 + 3.0 * 2**-24,
+    torch.complex64: 5.0 * 2**-24,
     torch.complex128: 7.0 * 2**-53,
 }
 

@@ -51,8 +51,9 @@ double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
   if (index.tensors() == 0) return 0.0;
   std::vector<double> slots(
       static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
-  for_all_workers(index, /*serial=*/false,
-                  [&](Range workers) { cpu::power_sums(index, norm, precision, workers, slots.data()); });
+  for_all_workers(index, /*serial=*/false, [&](Range workers) {
+    cpu::power_sums(index, norm, precision, workers, slots.data());
+  });
   PowerSum total(norm);
   for (const double partial : slots) total.add(partial);
   return total.value();

@@ -85,11 +85,12 @@ class FlatIndex {
   int64_t first_tile(int64_t tensor) const { return first_tile_[static_cast<size_t>(tensor)]; }
   int64_t tensor_of(int64_t tile) const { return find_tensor(first_tile_.data(), tensors(), tile); }
 
-  // The part of `tensor` that lies in `tile`.
-  Span part(int64_t tensor, int64_t tile) const {
+  // The part of `tensor` that lies in the tiles.
+  Span part(int64_t tensor, Range tiles) const {
     const Span& span = spans_[static_cast<size_t>(tensor)];
-    const int64_t offset = (tile - first_tile(tensor)) * kTileBytes;
-    const int64_t bytes = std::min(kTileBytes, span.numel * element_size(span.dtype) - offset);
+    const int64_t offset = (tiles.begin - first_tile(tensor)) * kTileBytes;
+    const int64_t bytes = std::min((tiles.end - tiles.begin) * kTileBytes,
+                                   span.numel * element_size(span.dtype) - offset);
     return {static_cast<char*>(span.data) + offset, bytes >> element_shift(span.dtype), span.dtype};
   }
 
@@ -100,14 +101,23 @@ class FlatIndex {
   int64_t bytes_ = 0;
 };
 
-// Calls visit(tensor, tile, part) for each tile, in ascending order: the order of measuring.
+// Tiles of one tensor that are visited at once, where so many follow each other: enough for several
+// streams through memory, few enough that they stay in cache.
+inline constexpr int64_t kRunTiles = 4;
+
+// Calls visit(tensor, run) for one run after another, in ascending order: the order of measuring.
+// Starts at `tensor`, which holds the first tile or is the one before it, and returns the last.
 template <class Visit>
-void walk_forward(const FlatIndex& index, Range tiles, const Visit& visit) {
-  int64_t tensor = index.tensor_of(tiles.begin);
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+int64_t walk_forward(const FlatIndex& index, Range tiles, int64_t tensor, const Visit& visit) {
+  for (int64_t tile = tiles.begin; tile < tiles.end;) {
     if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
-    visit(tensor, tile, index.part(tensor, tile));
+    const int64_t tensor_end =
+        tensor + 1 < index.tensors() ? index.first_tile(tensor + 1) : index.tiles();
+    const int64_t end = std::min({tile + kRunTiles, tensor_end, tiles.end});
+    visit(tensor, index.part(tensor, {tile, end}));
+    tile = end;
   }
+  return tensor;
 }
 
 // The order of scaling: from the back, so that what was measured last, and is still in cache, is
@@ -117,7 +127,8 @@ template <class Visit>
 void walk_backward(const FlatIndex& index, Range tiles, const Visit& visit) {
   constexpr int64_t kStrideTiles = 32;
   for (int64_t end = tiles.end; end > tiles.begin; end -= kStrideTiles) {
-    walk_forward(index, {std::max(tiles.begin, end - kStrideTiles), end}, visit);
+    const int64_t begin = std::max(tiles.begin, end - kStrideTiles);
+    walk_forward(index, {begin, end}, index.tensor_of(begin), visit);
   }
 }
 

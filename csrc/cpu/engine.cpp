@@ -26,39 +26,39 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range wo
                 double* slots) noexcept {
   const Kernels& kernel = kernels();
   const int64_t count = worker_count(index);
-  const Range tiles = tiles_of_workers(index, workers);
-  int64_t worker = workers.begin;
-  int64_t worker_end = tiles_of_worker(worker, count, index.tiles()).end;
-  int64_t slot = slot_of(index.tensor_of(tiles.begin), worker);
+  const int64_t first_tile = tiles_of_workers(index, workers).begin;
+  int64_t tensor = index.tensor_of(first_tile);
+  int64_t slot = slot_of(tensor, workers.begin);
   // Where a worker starts on a tensor's first tile, both numbers advance at once, and the slot
   // between the one before and its own belongs to nobody.
-  if (worker > 0 && index.first_tile(slot - worker) == tiles.begin) slots[slot - 1] = 0.0;
+  if (workers.begin > 0 && index.first_tile(tensor) == first_tile) slots[slot - 1] = 0.0;
   PowerSum sum(norm);
-  walk_forward(index, tiles, [&](int64_t tensor, int64_t tile, const Span& part) {
-    if (tile == worker_end) {
-      worker_end = tiles_of_worker(++worker, count, index.tiles()).end;
-    }
-    if (slot != slot_of(tensor, worker)) {
-      slots[slot] = sum.value();
-      sum = PowerSum(norm);
-      if (slot_of(tensor, worker) == slot + 2) slots[slot + 1] = 0.0;
-      slot = slot_of(tensor, worker);
-    }
-    sum.add(kernel.power_sum(norm, precision, part));
-  });
+  for (int64_t worker = workers.begin; worker < workers.end; ++worker) {
+    const Range tiles = tiles_of_worker(worker, count, index.tiles());
+    tensor = walk_forward(index, tiles, tensor, [&](int64_t visited, const Span& run) {
+      const int64_t own_slot = slot_of(visited, worker);
+      if (slot != own_slot) {
+        slots[slot] = sum.value();
+        sum = PowerSum(norm);
+        if (own_slot == slot + 2) slots[slot + 1] = 0.0;
+        slot = own_slot;
+      }
+      sum.add(kernel.power_sum(norm, precision, run));
+    });
+  }
   slots[slot] = sum.value();
 }
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept {
   const Kernels& kernel = kernels();
   walk_backward(index, tiles_of_workers(index, workers),
-                [&](int64_t, int64_t, const Span& part) { kernel.scale(part, coefficient); });
+                [&](int64_t, const Span& run) { kernel.scale(run, coefficient); });
 }
 
 void clamp(const FlatIndex& index, double bound, Range workers) noexcept {
   const Kernels& kernel = kernels();
   walk_backward(index, tiles_of_workers(index, workers),
-                [&](int64_t, int64_t, const Span& part) { kernel.clamp(part, bound); });
+                [&](int64_t, const Span& run) { kernel.clamp(run, bound); });
 }
 
 }  // namespace gradclip::cpu

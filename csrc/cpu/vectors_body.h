@@ -134,7 +134,8 @@ GRADCLIP_INLINE TwoFloats load_two(const BFloat16* values) {
 }
 
 // The rounded number in the upper half of each word; what is left in the lower half means nothing.
-// A NaN stays one, as long as its lower half is 0: that of a bfloat16 is, and so is the processor's.
+// A NaN stays one, as long as its lower half is 0: that of a bfloat16 is, and so is the
+// processor's.
 GRADCLIP_INLINE Words rounded_to_bfloat16(Floats vector) {
   const Words bits = reinterpret_cast<Words>(vector);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -174,6 +175,4 @@ GRADCLIP_INLINE TwoDoubles load_widened(const BFloat16* values) {
   return {widen_few(even), widen_few(odd)};
 }
 
-GRADCLIP_INLINE TwoDoubles load_widened(const Float16* values) {
-  return widened(load(values));
-}
+GRADCLIP_INLINE TwoDoubles load_widened(const Float16* values) { return widened(load(values)); }
