@@ -1,0 +1,260 @@
+// The bodies of the kernels: what one block does. kernels.cu wraps them for the GPU; the tests run
+// them on the CPU. Between two kernels nothing is shared but the partial sums: no atomics, no
+// counters, nothing that somebody would have to reset.
+#pragma once
+
+#include "cuda/clip.h"
+#include "cuda/segments.cuh"
+#include "cuda/table.h"
+
+namespace gradclip::cuda {
+
+// Calls visit(tensor, data, numel, dtype) for the parts of tensors in these tiles, in ascending or
+// descending order.
+template <bool kForward, class AnyTable, class Visit>
+__device__ __forceinline__ void for_segments(const AnyTable& table, Range tiles,
+                                             const Visit& visit) {
+  int64_t begin = tiles.begin;
+  int64_t end = tiles.end;
+  int tensor = static_cast<int>(
+      find_tensor(table.first_tile, table.tensors, kForward ? begin : end - 1));
+#pragma unroll 1
+  while (begin < end) {
+    const int64_t first = table.first_tile[tensor];
+    const int64_t behind =
+        tensor + 1 < table.tensors ? table.first_tile[tensor + 1] : int64_t{table.tiles};
+    const int64_t segment_begin = first > begin ? first : begin;
+    const int64_t segment_end = behind < end ? behind : end;
+    const uint64_t packed = table.numel_and_dtype[tensor];
+    const DType dtype = dtype_of(packed);
+    const int64_t from = (segment_begin - first) * tile_elements(dtype);
+    const int64_t all = numel_of(packed) - from;
+    const int64_t most = (segment_end - segment_begin) * tile_elements(dtype);
+    visit(tensor, static_cast<char*>(table.data[tensor]) + (segment_begin - first) * kTileBytes,
+          all < most ? all : most, dtype);
+    if (kForward) {
+      begin = segment_end;
+      ++tensor;
+    } else {
+      end = segment_begin;
+      --tensor;
+    }
+  }
+}
+
+// Calls work(segment) with the segment's dtype known to the compiler.
+template <int kThreads, class Work>
+__device__ __forceinline__ void with_dtype(char* data, int64_t numel, DType dtype,
+                                           const Work& work) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return work(Segment<DType::kFloat32, kThreads>(data, numel));
+    case DType::kFloat64:
+      return work(Segment<DType::kFloat64, kThreads>(data, numel));
+    case DType::kFloat16:
+      return work(Segment<DType::kFloat16, kThreads>(data, numel));
+    case DType::kBFloat16:
+      return work(Segment<DType::kBFloat16, kThreads>(data, numel));
+  }
+}
+
+// A thread's share of the worker's sum and, where asked for, of the current tensor's.
+template <Norm kNorm, bool kPerTensor>
+struct Sums {
+  Accumulator<kNorm> total;
+  Accumulator<kNorm> tensor;
+
+  __device__ __forceinline__ void add(double partial) {
+    total.add(partial);
+    if (kPerTensor) tensor.add(partial);
+  }
+};
+
+// Measures the worker's tiles; returns, in the first thread, the worker's power sum. With kPerTensor
+// each (tensor, worker) pair that meets also gets its own in slots[tensor + worker], and slots that
+// no pair owns get 0. The total is added up in the same way with and without.
+template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
+__device__ __forceinline__ double measured_worker(const AnyTable& table, int worker, bool exact,
+                                                  double* slots) {
+  const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
+  Sums<kNorm, kPerTensor> sums = {Accumulator<kNorm>::zero(), Accumulator<kNorm>::zero()};
+  for_segments<true>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
+    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
+      measure<kNorm>(segment, exact, &sums);
+    });
+    if constexpr (kPerTensor) {
+      const double of_tensor = block_total<kThreads>(sums.tensor).value();
+      sums.tensor = Accumulator<kNorm>::zero();
+      if (threadIdx.x == 0) {
+        const int64_t slot =
+            slot_of(table.first_tensor + tensor, int64_t{table.first_worker} + worker);
+        slots[slot] = of_tensor;
+        // The worker and the tensor begin on the same tile: both numbers advanced at once.
+        if (slot > 0 && table.first_worker + worker > 0 && table.first_tile[tensor] == tiles.begin) {
+          slots[slot - 1] = 0.0;
+        }
+      }
+    }
+  });
+  return block_total<kThreads>(sums.total).value();
+}
+
+template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
+__device__ __forceinline__ void power_sums_body(const AnyTable& table, bool exact, double* partials,
+                                                double* slots) {
+  const int worker = static_cast<int>(blockIdx.x);
+  const double sum = measured_worker<kNorm, kPerTensor, kThreads>(table, worker, exact, slots);
+  if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
+}
+
+// The power sum of all workers, in the first thread. Every block adds in the same order.
+template <Norm kNorm, int kThreads>
+__device__ __forceinline__ double folded_partials(const double* partials, int count) {
+  Accumulator<kNorm> own = Accumulator<kNorm>::zero();
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    own.add(load_result(partials + i));
+  }
+  return block_total<kThreads>(own).value();
+}
+
+template <int kThreads>
+__device__ __forceinline__ double folded_partials(Norm norm, const double* partials, int count) {
+  return norm == Norm::kInf ? folded_partials<Norm::kInf, kThreads>(partials, count)
+                            : folded_partials<Norm::kL2, kThreads>(partials, count);
+}
+
+__device__ __forceinline__ void write_norm(double norm, DType dtype, void* result) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return Elements<DType::kFloat32>::put(result, 0, static_cast<float>(norm));
+    case DType::kFloat64:
+      return Elements<DType::kFloat64>::put(result, 0, norm);
+    case DType::kFloat16:
+      return Elements<DType::kFloat16>::put(result, 0, static_cast<float>(norm));
+    case DType::kBFloat16:
+      return Elements<DType::kBFloat16>::put(result, 0, static_cast<float>(norm));
+  }
+}
+
+// A number on the GPU that is negative makes NaN: nobody could be told without waiting.
+__device__ __forceinline__ double limit_of(const Scalar& max_norm) {
+  if (max_norm.pointer == nullptr) return max_norm.value;
+  const double limit = load_result(max_norm.pointer);
+  return limit >= 0.0 ? limit : static_cast<double>(NAN);
+}
+
+__device__ __forceinline__ double number_of(const Scalar& scalar) {
+  return scalar.pointer == nullptr ? scalar.value : load_result(scalar.pointer);
+}
+
+// From a norm that the first thread knows, the coefficient in every thread. The first block leaves
+// the norm where it was asked for.
+__device__ __forceinline__ double shared_coefficient(const Clip& clip, double norm) {
+  __shared__ double coefficient;
+  if (threadIdx.x == 0) {
+    coefficient = clip_coefficient(limit_of(clip.max_norm), norm);
+    if (blockIdx.x == 0 && clip.norm_result != nullptr) {
+      write_norm(norm, clip.norm_dtype, clip.norm_result);
+    }
+  }
+  __syncthreads();
+  return coefficient;
+}
+
+// Multiplies the worker's tiles, from the back, so that what was measured last, and is still in the
+// L2 cache, is written first. A coefficient of exactly 1 writes nothing; NaN has to be written.
+template <int kThreads, class AnyTable>
+__device__ __forceinline__ void scale_worker(const AnyTable& table, int worker,
+                                             double coefficient) {
+  if (coefficient == 1.0) return;
+  constexpr double kSmallestFloatCoefficient = 0x1p-100;
+  const bool in_double = fabs(coefficient) < kSmallestFloatCoefficient;
+  const Multiply multiply = {static_cast<float>(coefficient), coefficient};
+  const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
+  for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
+    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
+      if (in_double) return multiply_in_double(segment, coefficient);
+      transform(segment, multiply);
+    });
+  });
+}
+
+// The workers that measured last come first.
+template <class AnyTable>
+__device__ __forceinline__ int worker_from_the_back(const AnyTable& table) {
+  return table.workers - 1 - static_cast<int>(blockIdx.x);
+}
+
+template <int kThreads, class AnyTable>
+__device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& clip) {
+  // Before anything else in every thread: before any exit, any load of results and any store.
+  wait_for_previous_kernel();
+  double norm = 0.0;
+  if (clip.partials != nullptr) {
+    norm = finish(clip.norm, folded_partials<kThreads>(clip.norm, clip.partials, clip.count));
+  } else if (threadIdx.x == 0) {
+    norm = number_of(clip.given_norm);
+  }
+  scale_worker<kThreads>(table, worker_from_the_back(table), shared_coefficient(clip, norm));
+}
+
+template <int kThreads, class AnyTable>
+__device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) {
+  const Limit limit = {static_cast<float>(bound), bound};
+  const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
+  for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
+    with_dtype<kThreads>(data, numel, dtype,
+                         [&](const auto& segment) { transform(segment, limit); });
+  });
+}
+
+// All of a small list in one block and one launch: norm, barrier, scale.
+template <Norm kNorm, int kThreads, class AnyTable>
+__device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, bool exact,
+                                                       const Clip& clip) {
+  const double sum = measured_worker<kNorm, false, kThreads>(table, 0, exact, nullptr);
+  scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
+}
+
+// For a call that only measures: the power sum, or the norm in the dtype of the result, or both.
+template <int kThreads>
+__device__ __forceinline__ void finish_body(Norm norm, const double* partials, int count,
+                                            double* power_sum, DType norm_dtype,
+                                            void* norm_result) {
+  wait_for_previous_kernel();
+  const double sum = folded_partials<kThreads>(norm, partials, count);
+  if (threadIdx.x != 0) return;
+  if (power_sum != nullptr) *power_sum = sum;
+  if (norm_result != nullptr) write_norm(finish(norm, sum), norm_dtype, norm_result);
+}
+
+// The worker that owns a tile; see tiles_of_worker.
+__device__ __forceinline__ int64_t worker_of_tile(int64_t tile, int64_t workers, int64_t tiles) {
+  return ((tile + 1) * workers - 1) / tiles;
+}
+
+// The norm of each tensor from the slots of measured_worker, a warp for each.
+template <Norm kNorm, int kThreads, class AnyTable>
+__device__ __forceinline__ void tensor_norms_body(const AnyTable& table, const double* slots,
+                                                  double* norms) {
+  wait_for_previous_kernel();
+  const int thread = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  const int tensor = thread / kWarpThreads;
+  if (tensor >= table.tensors) return;
+  const int64_t first = table.first_tile[tensor];
+  const int64_t behind =
+      tensor + 1 < table.tensors ? table.first_tile[tensor + 1] : int64_t{table.tiles};
+  const int64_t number = table.first_tensor + tensor;
+  const int64_t begin = table.first_worker + worker_of_tile(first, table.workers, table.tiles);
+  const int64_t end = table.first_worker + worker_of_tile(behind - 1, table.workers, table.tiles);
+  Accumulator<kNorm> own = Accumulator<kNorm>::zero();
+#pragma unroll 1
+  for (int64_t worker = begin + thread % kWarpThreads; worker <= end; worker += kWarpThreads) {
+    own.add(load_result(slots + slot_of(number, worker)));
+  }
+  const double sum = warp_total(own).value();
+  if (thread % kWarpThreads == 0) norms[number] = finish(kNorm, sum);
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,91 @@
+// Everything in which CUDA, HIP and the tests' emulation on the CPU differ. Kernel bodies use these
+// names and the ones that CUDA and HIP share, and no others: no inline assembly stands anywhere else.
+#pragma once
+
+#include <cstdint>
+
+#if defined(GRADCLIP_EMULATION)
+#include "emulation.h"
+#elif defined(__HIPCC__)
+#include <hip/hip_bf16.h>
+#include <hip/hip_fp16.h>
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#if defined(__HIPCC__)
+#define GRADCLIP_GRID_CONSTANT
+#else
+#define GRADCLIP_GRID_CONSTANT __grid_constant__
+#endif
+
+namespace gradclip::cuda {
+
+#if defined(__HIP_DEVICE_COMPILE__) && defined(__GFX9__)
+inline constexpr int kWarpThreads = 64;
+#else
+inline constexpr int kWarpThreads = 32;
+#endif
+
+#if !defined(GRADCLIP_EMULATION)
+
+// The value of the thread `offset` further on in the same warp. All threads have to take part.
+template <class Value>
+__device__ __forceinline__ Value shuffle_down(Value value, int offset) {
+#if defined(__HIPCC__)
+  return __shfl_down(value, offset, kWarpThreads);
+#else
+  return __shfl_down_sync(0xffffffffu, value, offset);
+#endif
+}
+
+// Past the L1 cache, which may hold what lay there before another kernel wrote. Not __ldg: the
+// compiler may move that above the wait.
+__device__ __forceinline__ double load_result(const double* pointer) {
+#if defined(__HIPCC__)
+  return __builtin_nontemporal_load(pointer);
+#else
+  return __ldcg(pointer);
+#endif
+}
+
+// Returns once the kernel before this one in the stream has ended and what it wrote can be seen;
+// at once where the launch did not ask for an early start.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// A word holds two 16-bit numbers, the first one in its lower half.
+__device__ __forceinline__ float2 unpack_float16(uint32_t word) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof pair);
+  return __half22float2(pair);
+}
+
+__device__ __forceinline__ uint32_t pack_float16(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+#endif
+
+// A bfloat16 is the upper half of a float32.
+__device__ __forceinline__ float2 unpack_bfloat16(uint32_t word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,259 @@
+// What a block does with one segment: a contiguous stretch of one tensor. The aligned body goes 16
+// bytes a thread, several loads in flight before the first is used; the few elements before and
+// behind it, where a tensor is not aligned, go one a thread.
+#pragma once
+
+#include "cuda/accumulators.cuh"
+
+namespace gradclip::cuda {
+
+// Independent loads of a thread.
+inline constexpr int kLoads = 4;
+
+template <DType kDType, int kThreads>
+struct Segment {
+  using Format = Elements<kDType>;
+  // Vectors that a block reads at once.
+  static constexpr int kGroup = kLoads * kThreads;
+
+  __device__ __forceinline__ Segment(char* start, int64_t elements) : data(start), numel(elements) {
+    const int gap = static_cast<int>((16 - (reinterpret_cast<uintptr_t>(start) & 15)) & 15);
+    head = gap / Format::kBytes;
+    if (head > numel) head = static_cast<int>(numel);
+    vectors = (numel - head) / Format::kCount;
+    tail = static_cast<int>(numel - head - vectors * Format::kCount);
+  }
+
+  __device__ __forceinline__ uint4* body() const {
+    return reinterpret_cast<uint4*>(data + head * Format::kBytes);
+  }
+
+  // Calls work(i) for the elements outside of the body, each in a thread of its own.
+  template <class Work>
+  __device__ __forceinline__ void for_ends(const Work& work) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < head) work(static_cast<int64_t>(thread));
+    if (thread < tail) work(numel - tail + thread);
+  }
+
+  char* data;
+  int64_t numel;
+  int64_t vectors;
+  int head;
+  int tail;
+};
+
+template <Norm kNorm, class Number>
+__device__ __forceinline__ Number map(Number number) {
+  return kNorm == Norm::kL2 ? number * number : fabs(number);
+}
+
+// One more number: a single rounding for a square, too.
+template <Norm kNorm, class Number>
+__device__ __forceinline__ Number accumulate(Number sum, Number number) {
+  return kNorm == Norm::kL2 ? fma(number, number, sum) : sum + fabs(number);
+}
+
+// Half with half, since equal numbers lose nothing when they are doubled.
+template <int kCount, class Number>
+__device__ __forceinline__ Number folded(Number (&sums)[kCount]) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
+}
+
+// The sum of a run, the kLoads vectors of one thread, in the numbers' own precision. From a square
+// to the result there are at most kLoads + 3 roundings.
+template <Norm kNorm, DType kDType>
+__device__ __forceinline__ double run_sum(const uint4 (&vectors)[kLoads]) {
+  using Format = Elements<kDType>;
+  typename Format::Number sums[Format::kCount];
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    typename Format::Number numbers[Format::kCount];
+    Format::unpack(vectors[k], numbers);
+#pragma unroll
+    for (int j = 0; j < Format::kCount; ++j) {
+      sums[j] = k == 0 ? map<kNorm>(numbers[j]) : accumulate<kNorm>(sums[j], numbers[j]);
+    }
+  }
+  return folded(sums);
+}
+
+template <DType kDType>
+__device__ __forceinline__ double run_maximum(const uint4 (&vectors)[kLoads]) {
+  using Format = Elements<kDType>;
+  if constexpr (kDType == DType::kFloat64) {
+    uint64_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      double numbers[Format::kCount];
+      Format::unpack(vectors[k], numbers);
+#pragma unroll
+      for (int j = 0; j < Format::kCount; ++j) {
+        const uint64_t bits = bits_of(fabs(numbers[j]));
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    return double_of(largest);
+  } else {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      float numbers[Format::kCount];
+      Format::unpack(vectors[k], numbers);
+#pragma unroll
+      for (int j = 0; j < Format::kCount; ++j) {
+        const uint32_t bits = __float_as_uint(numbers[j]) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    return static_cast<double>(__uint_as_float(largest));
+  }
+}
+
+// Whether a sum in float32 is what float64 would have given. A square may lack what is smaller
+// than the smallest float32, 2^-149: in a sum of at most 32 above 2^-95 that is nothing.
+template <Norm kNorm>
+__device__ __forceinline__ bool in_range(double sum) {
+  return sum <= 3.4028234663852886e38 && (kNorm != Norm::kL2 || sum >= 0x1p-95);
+}
+
+// The same sum in float64. It reads the run again, because values that are kept until it is known
+// whether they are needed take registers from everybody else; unrolled it would do the same.
+template <Norm kNorm, DType kDType, int kThreads>
+__device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_t left) {
+  using Format = Elements<kDType>;
+  double sum = 0.0;
+#pragma unroll 1
+  for (int k = 0; k < kLoads; ++k) {
+    if (k * kThreads >= left) break;
+    const uint4 vector = vectors[k * kThreads];
+    // Gradients that are zero altogether, as of an embedding, are no exception.
+    if ((vector.x | vector.y | vector.z | vector.w) == 0) continue;
+    typename Format::Number numbers[Format::kCount];
+    Format::unpack(vector, numbers);
+    double sums[Format::kCount];
+#pragma unroll
+    for (int j = 0; j < Format::kCount; ++j) {
+      sums[j] = map<kNorm>(static_cast<double>(numbers[j]));
+    }
+    sum += folded(sums);
+  }
+  return sum;
+}
+
+// One run. `left` is the number of vectors from this thread's first one on.
+template <Norm kNorm, DType kDType, int kThreads, bool kWhole>
+__device__ __forceinline__ double measured_run(const uint4* vectors, int64_t left, bool exact) {
+  uint4 loaded[kLoads];
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    loaded[k] = kWhole || k * kThreads < left ? vectors[k * kThreads] : make_uint4(0, 0, 0, 0);
+  }
+  if constexpr (kNorm == Norm::kInf) {
+    return run_maximum<kDType>(loaded);
+  } else {
+    const double sum = run_sum<kNorm, kDType>(loaded);
+    if (kDType == DType::kFloat64 || (!exact && in_range<kNorm>(sum))) return sum;
+    return run_sum_in_double<kNorm, kDType, kThreads>(vectors, left);
+  }
+}
+
+// Adds the power sum of a segment to this thread's share. `exact` asks for float64 throughout.
+template <Norm kNorm, DType kDType, int kThreads, class Sums>
+__device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment, bool exact,
+                                        Sums* sums) {
+  using Format = Elements<kDType>;
+  constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
+  const int thread = static_cast<int>(threadIdx.x);
+  segment.for_ends([&](int64_t i) {
+    sums->add(map<kNorm>(static_cast<double>(Format::get(segment.data, i))));
+  });
+  const uint4* vectors = segment.body() + thread;
+  int64_t left = segment.vectors;
+#pragma unroll 1
+  for (; left >= kGroup; left -= kGroup, vectors += kGroup) {
+    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, exact));
+  }
+  if (left > 0) {
+    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, exact));
+  }
+}
+
+// Multiplies by a coefficient that was rounded to the numbers' own precision.
+struct Multiply {
+  float factor;
+  double wide_factor;
+  __device__ __forceinline__ float operator()(float number) const { return number * factor; }
+  __device__ __forceinline__ double operator()(double number) const { return number * wide_factor; }
+};
+
+// Limits to [-bound, bound]. No comparison holds for NaN, which is kept.
+struct Limit {
+  float bound;
+  double wide_bound;
+  __device__ __forceinline__ float operator()(float number) const {
+    return number > bound ? bound : (number < -bound ? -bound : number);
+  }
+  __device__ __forceinline__ double operator()(double number) const {
+    return number > wide_bound ? wide_bound : (number < -wide_bound ? -wide_bound : number);
+  }
+};
+
+template <DType kDType, int kThreads, bool kWhole, class Operation>
+__device__ __forceinline__ void transform_run(uint4* vectors, int64_t left,
+                                              const Operation& operation) {
+  using Format = Elements<kDType>;
+  uint4 loaded[kLoads];
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    loaded[k] = kWhole || k * kThreads < left ? vectors[k * kThreads] : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    typename Format::Number numbers[Format::kCount];
+    Format::unpack(loaded[k], numbers);
+#pragma unroll
+    for (int j = 0; j < Format::kCount; ++j) numbers[j] = operation(numbers[j]);
+    if (kWhole || k * kThreads < left) vectors[k * kThreads] = Format::pack(numbers);
+  }
+}
+
+// Applies the operation to every element in place, from back to front.
+template <DType kDType, int kThreads, class Operation>
+__device__ __forceinline__ void transform(const Segment<kDType, kThreads>& segment,
+                                          const Operation& operation) {
+  using Format = Elements<kDType>;
+  constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
+  const int thread = static_cast<int>(threadIdx.x);
+  segment.for_ends([&](int64_t i) {
+    Format::put(segment.data, i, operation(Format::get(segment.data, i)));
+  });
+  const int64_t groups = segment.vectors / kGroup;
+  const int64_t rest = segment.vectors - groups * kGroup;
+  uint4* vectors = segment.body() + groups * kGroup + thread;
+  if (rest > 0) transform_run<kDType, kThreads, false>(vectors, rest - thread, operation);
+#pragma unroll 1
+  for (int64_t group = groups; group > 0; --group) {
+    vectors -= kGroup;
+    transform_run<kDType, kThreads, true>(vectors, kGroup, operation);
+  }
+}
+
+// For a coefficient that would lose bits, or vanish, in float32. Rare, so it need not be fast.
+template <DType kDType, int kThreads>
+__device__ __forceinline__ void multiply_in_double(const Segment<kDType, kThreads>& segment,
+                                                   double coefficient) {
+  using Format = Elements<kDType>;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < segment.numel; i += kThreads) {
+    const double product = static_cast<double>(Format::get(segment.data, i)) * coefficient;
+    Format::put(segment.data, i, static_cast<typename Format::Number>(product));
+  }
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,49 @@
+// What a kernel is told about its tensors: a table that travels with the launch as a parameter, by
+// value, so that nothing has to be copied to the GPU beforehand and nothing has to outlive the call.
+#pragma once
+
+#include <cstdint>
+
+#include "core/flat_index.h"
+#include "core/host_device.h"
+#include "core/span.h"
+
+namespace gradclip::cuda {
+
+// As a structure of arrays, 20 bytes a tensor.
+template <int kCapacity>
+struct Table {
+  void* data[kCapacity];
+  // The number of elements, with the dtype in the top byte.
+  uint64_t numel_and_dtype[kCapacity];
+  uint32_t first_tile[kCapacity];
+  int32_t tensors;
+  uint32_t tiles;
+  int32_t workers;
+  // Of this launch among the workers, and of its first tensor among the tensors, of a list that
+  // takes several launches.
+  int32_t first_worker;
+  int32_t first_tensor;
+};
+
+inline constexpr int kDTypeShift = 56;
+
+GRADCLIP_HOST_DEVICE constexpr uint64_t pack(int64_t numel, DType dtype) {
+  return static_cast<uint64_t>(numel) | static_cast<uint64_t>(dtype) << kDTypeShift;
+}
+
+GRADCLIP_HOST_DEVICE constexpr int64_t numel_of(uint64_t packed) {
+  return static_cast<int64_t>(packed & ((uint64_t{1} << kDTypeShift) - 1));
+}
+
+GRADCLIP_HOST_DEVICE constexpr DType dtype_of(uint64_t packed) {
+  return static_cast<DType>(packed >> kDTypeShift);
+}
+
+// About 1, 4 and 32 KB: the smallest that fits is launched, since every byte is copied on the way.
+// A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute capability 7.0 on.
+inline constexpr int kSmallTable = 40;
+inline constexpr int kMediumTable = 190;
+inline constexpr int kLargeTable = 1600;
+
+}  // namespace gradclip::cuda
