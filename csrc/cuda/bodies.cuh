@@ -16,8 +16,8 @@ __device__ __forceinline__ void for_segments(const AnyTable& table, Range tiles,
                                              const Visit& visit) {
   int64_t begin = tiles.begin;
   int64_t end = tiles.end;
-  int tensor = static_cast<int>(
-      find_tensor(table.first_tile, table.tensors, kForward ? begin : end - 1));
+  int tensor =
+      static_cast<int>(find_tensor(table.first_tile, table.tensors, kForward ? begin : end - 1));
 #pragma unroll 1
   while (begin < end) {
     const int64_t first = table.first_tile[tensor];
@@ -70,18 +70,17 @@ struct Sums {
   }
 };
 
-// Measures the worker's tiles; returns, in the first thread, the worker's power sum. With kPerTensor
-// each (tensor, worker) pair that meets also gets its own in slots[tensor + worker], and slots that
-// no pair owns get 0. The total is added up in the same way with and without.
+// Measures the worker's tiles; returns, in the first thread, the worker's power sum. With
+// kPerTensor each (tensor, worker) pair that meets also gets its own in slots[tensor + worker], and
+// slots that no pair owns get 0. The total is added up in the same way with and without.
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
 __device__ __forceinline__ double measured_worker(const AnyTable& table, int worker, bool exact,
                                                   double* slots) {
   const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
   Sums<kNorm, kPerTensor> sums = {Accumulator<kNorm>::zero(), Accumulator<kNorm>::zero()};
   for_segments<true>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
-    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
-      measure<kNorm>(segment, exact, &sums);
-    });
+    with_dtype<kThreads>(data, numel, dtype,
+                         [&](const auto& segment) { measure<kNorm>(segment, exact, &sums); });
     if constexpr (kPerTensor) {
       const double of_tensor = block_total<kThreads>(sums.tensor).value();
       sums.tensor = Accumulator<kNorm>::zero();
@@ -90,7 +89,8 @@ __device__ __forceinline__ double measured_worker(const AnyTable& table, int wor
             slot_of(table.first_tensor + tensor, int64_t{table.first_worker} + worker);
         slots[slot] = of_tensor;
         // The worker and the tensor begin on the same tile: both numbers advanced at once.
-        if (slot > 0 && table.first_worker + worker > 0 && table.first_tile[tensor] == tiles.begin) {
+        if (slot > 0 && table.first_worker + worker > 0 &&
+            table.first_tile[tensor] == tiles.begin) {
           slots[slot - 1] = 0.0;
         }
       }
@@ -124,28 +124,39 @@ __device__ __forceinline__ double folded_partials(Norm norm, const double* parti
                             : folded_partials<Norm::kL2, kThreads>(partials, count);
 }
 
-__device__ __forceinline__ void write_norm(double norm, DType dtype, void* result) {
+// Calls work(format) with the Elements of a dtype.
+template <class Work>
+__device__ __forceinline__ auto with_format(DType dtype, const Work& work) {
   switch (dtype) {
-    case DType::kFloat32:
-      return Elements<DType::kFloat32>::put(result, 0, static_cast<float>(norm));
     case DType::kFloat64:
-      return Elements<DType::kFloat64>::put(result, 0, norm);
+      return work(Elements<DType::kFloat64>());
     case DType::kFloat16:
-      return Elements<DType::kFloat16>::put(result, 0, static_cast<float>(norm));
+      return work(Elements<DType::kFloat16>());
     case DType::kBFloat16:
-      return Elements<DType::kBFloat16>::put(result, 0, static_cast<float>(norm));
+      return work(Elements<DType::kBFloat16>());
+    default:
+      return work(Elements<DType::kFloat32>());
   }
+}
+
+__device__ __forceinline__ double number_of(const Scalar& scalar) {
+  if (scalar.pointer == nullptr) return scalar.value;
+  return with_format(scalar.dtype, [&](auto format) {
+    return static_cast<double>(decltype(format)::get(scalar.pointer, 0));
+  });
+}
+
+__device__ __forceinline__ void write_norm(double norm, DType dtype, void* result) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    Format::put(result, 0, static_cast<typename Format::Number>(norm));
+  });
 }
 
 // A number on the GPU that is negative makes NaN: nobody could be told without waiting.
 __device__ __forceinline__ double limit_of(const Scalar& max_norm) {
-  if (max_norm.pointer == nullptr) return max_norm.value;
-  const double limit = load_result(max_norm.pointer);
+  const double limit = number_of(max_norm);
   return limit >= 0.0 ? limit : static_cast<double>(NAN);
-}
-
-__device__ __forceinline__ double number_of(const Scalar& scalar) {
-  return scalar.pointer == nullptr ? scalar.value : load_result(scalar.pointer);
 }
 
 // From a norm that the first thread knows, the coefficient in every thread. The first block leaves
@@ -153,7 +164,7 @@ __device__ __forceinline__ double number_of(const Scalar& scalar) {
 __device__ __forceinline__ double shared_coefficient(const Clip& clip, double norm) {
   __shared__ double coefficient;
   if (threadIdx.x == 0) {
-    coefficient = clip_coefficient(limit_of(clip.max_norm), norm);
+    coefficient = clip.is_coefficient ? norm : clip_coefficient(limit_of(clip.max_norm), norm);
     if (blockIdx.x == 0 && clip.norm_result != nullptr) {
       write_norm(norm, clip.norm_dtype, clip.norm_result);
     }

@@ -12,7 +12,8 @@ namespace gradclip::cuda {
 struct Scalar {
   double value;
   // Null where `value` holds.
-  const double* pointer;
+  const void* pointer;
+  DType dtype;
 };
 
 struct Clip {
@@ -21,6 +22,8 @@ struct Clip {
   int32_t count;
   Norm norm;
   Scalar given_norm;
+  // Whether the given norm is no norm, but the coefficient itself; max_norm is then ignored.
+  bool is_coefficient;
   Scalar max_norm;
   // Where the first block leaves the norm, in this dtype; may be null.
   void* norm_result;

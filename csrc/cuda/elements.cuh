@@ -84,9 +84,8 @@ struct SixteenBitElements {
   }
 
   static __device__ __forceinline__ uint4 pack(const Number (&numbers)[kCount]) {
-    return make_uint4(
-        Pairs::pack(numbers[0], numbers[1]), Pairs::pack(numbers[2], numbers[3]),
-        Pairs::pack(numbers[4], numbers[5]), Pairs::pack(numbers[6], numbers[7]));
+    return make_uint4(Pairs::pack(numbers[0], numbers[1]), Pairs::pack(numbers[2], numbers[3]),
+                      Pairs::pack(numbers[4], numbers[5]), Pairs::pack(numbers[6], numbers[7]));
   }
 
   static __device__ __forceinline__ Number get(const void* data, int64_t i) {

@@ -14,8 +14,8 @@ constexpr int kThreads = 256;
 // More, where one block is all there is.
 constexpr int kThreadsOfOneBlock = 512;
 
-// Ranges of tiles, and so blocks, for each multiprocessor: as many as stay resident, twice, so that
-// no launch has to wait for its slowest multiprocessor alone. A bet, until it is compared on a GPU.
+// Ranges of tiles, and so blocks, for each multiprocessor: as many as it holds at once with the 32
+// registers a thread that the kernels take. A bet, until it is compared on a GPU.
 constexpr int64_t kWorkersPerMultiprocessor = 8;
 
 // Below this a second launch costs more than what more blocks gain. A bet, too.
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(Norm norm, const double* partials, int count, double* power_sum,
-                  DType norm_dtype, void* norm_result) {
+    finish_kernel(Norm norm, const double* partials, int count, double* power_sum, DType norm_dtype,
+                  void* norm_result) {
   finish_body<kThreads>(norm, partials, count, power_sum, norm_dtype, norm_result);
 }
 
@@ -74,8 +74,8 @@ struct Facts {
 };
 
 cudaError_t ask(int device, Facts* facts) {
-  cudaError_t error = cudaDeviceGetAttribute(&facts->multiprocessors,
-                                             cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error =
+      cudaDeviceGetAttribute(&facts->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 #if !defined(__HIPCC__)
   cudaFuncAttributes attributes;
@@ -162,10 +162,8 @@ class Launcher {
       const int64_t tiles = behind - index.first_tile(begin);
       const int64_t own =
           std::min<int64_t>(tiles, kWorkersPerMultiprocessor * facts.multiprocessors);
-      plan->parts_.push_back({{begin, end},
-                              tiles,
-                              static_cast<int32_t>(own),
-                              static_cast<int32_t>(workers)});
+      plan->parts_.push_back(
+          {{begin, end}, tiles, static_cast<int32_t>(own), static_cast<int32_t>(workers)});
       workers += own;
     }
     plan->partials_ = workers;
@@ -193,6 +191,17 @@ class Launcher {
     return table;
   }
 };
+
+#define GRADCLIP_STRING_OF(...) #__VA_ARGS__
+#define GRADCLIP_STRING(...) GRADCLIP_STRING_OF(__VA_ARGS__)
+
+const char* built_architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+  return GRADCLIP_STRING(__CUDA_ARCH_LIST__);
+#else
+  return "unknown";
+#endif
+}
 
 cudaError_t Plan::make(const FlatIndex& index, Plan* plan) {
   Facts facts;
@@ -239,8 +248,8 @@ cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double*
 
 cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream) {
-  return launch(&finish_kernel, 1, kThreads, stream, false, norm, partials,
-                static_cast<int>(count), power_sum, norm_dtype, norm_result);
+  return launch(&finish_kernel, 1, kThreads, stream, false, norm, partials, static_cast<int>(count),
+                power_sum, norm_dtype, norm_result);
 }
 
 cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, double* norms,

@@ -40,6 +40,9 @@ class Plan {
   int64_t partials_ = 0;
 };
 
+// The compute capabilities times a hundred that there is code for, as in "800,900" for 8.0 and 9.0.
+const char* built_architectures();
+
 // Whether one block alone should clip this list, in one launch.
 bool fits_one_block(const FlatIndex& index);
 

@@ -1,5 +1,6 @@
 // Everything in which CUDA, HIP and the tests' emulation on the CPU differ. Kernel bodies use these
-// names and the ones that CUDA and HIP share, and no others: no inline assembly stands anywhere else.
+// names and the ones that CUDA and HIP share, and no others: no inline assembly stands anywhere
+// else.
 #pragma once
 
 #include <cstdint>

@@ -170,9 +170,8 @@ __device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment
   using Format = Elements<kDType>;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
   const int thread = static_cast<int>(threadIdx.x);
-  segment.for_ends([&](int64_t i) {
-    sums->add(map<kNorm>(static_cast<double>(Format::get(segment.data, i))));
-  });
+  segment.for_ends(
+      [&](int64_t i) { sums->add(map<kNorm>(static_cast<double>(Format::get(segment.data, i)))); });
   const uint4* vectors = segment.body() + thread;
   int64_t left = segment.vectors;
 #pragma unroll 1
@@ -230,9 +229,8 @@ __device__ __forceinline__ void transform(const Segment<kDType, kThreads>& segme
   using Format = Elements<kDType>;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
   const int thread = static_cast<int>(threadIdx.x);
-  segment.for_ends([&](int64_t i) {
-    Format::put(segment.data, i, operation(Format::get(segment.data, i)));
-  });
+  segment.for_ends(
+      [&](int64_t i) { Format::put(segment.data, i, operation(Format::get(segment.data, i))); });
   const int64_t groups = segment.vectors / kGroup;
   const int64_t rest = segment.vectors - groups * kGroup;
   uint4* vectors = segment.body() + groups * kGroup + thread;

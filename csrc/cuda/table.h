@@ -1,5 +1,6 @@
 // What a kernel is told about its tensors: a table that travels with the launch as a parameter, by
-// value, so that nothing has to be copied to the GPU beforehand and nothing has to outlive the call.
+// value, so that nothing has to be copied to the GPU beforehand and nothing has to outlive the
+// call.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ GRADCLIP_HOST_DEVICE constexpr DType dtype_of(uint64_t packed) {
 }
 
 // About 1, 4 and 32 KB: the smallest that fits is launched, since every byte is copied on the way.
-// A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute capability 7.0 on.
+// A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute capability 7.0
+// on.
 inline constexpr int kSmallTable = 40;
 inline constexpr int kMediumTable = 190;
 inline constexpr int kLargeTable = 1600;
