@@ -71,13 +71,18 @@ class _Gradients:
             t.to(torch.complex128).abs() if t.is_complex() and norm_type != 2.0 else t
             for t in self.measured
         ]
-        norms = [_finish(norm_type, _C.power_sum(measured, norm_type))]
+        norms = [
+            _finish(norm_type, _C.power_sum(group, norm_type))
+            for group in _by_device(measured).values()
+        ]
         if self.foreign:
             foreign = _torch_ops.total_norm(self.foreign, norm_type, None, torch.float64)
-            norms.append(_whole(foreign).to(norms[0].device))
-        exact = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+            norms.append(_whole(foreign))
+        # One number of each device travels to where the result has to be.
+        device = self.given[0].device
+        exact = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
         result_dtype = dtype or _torch_ops.norm_dtype(self.given)
-        return exact.to(self.given[0].device, result_dtype), exact
+        return exact.to(result_dtype), exact
 
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
         """Multiply every gradient by a 0-dim tensor; 1 on the CPU writes nothing."""
@@ -90,15 +95,20 @@ class _Gradients:
             _torch_ops.scale_in_float64_(self.in_place, coefficient)
         else:
             _torch_ops.scale_(self.in_place, coefficient, foreach)
-        if self.native:
-            _C.scale_(self.native, coefficient.item())
+        for device, group in _by_device(self.native).items():
+            if known is not None:
+                _C.scale_(group, known)
+            elif device.type == "cpu":
+                _C.scale_(group, coefficient.item())
+            else:
+                _C.scale_(group, coefficient.to(device))
         self._bump_versions_of_sparse()
 
     def clamp_(self, bound: float, foreach: bool | None) -> None:
         """Limit every element of every gradient to ``[-bound, bound]``."""
         _torch_ops.clamp_(self.in_place, bound, foreach)
-        if self.native:
-            _C.clamp_(self.native, bound)
+        for group in _by_device(self.native).values():
+            _C.clamp_(group, bound)
         self._bump_versions_of_sparse()
 
     def bump_versions(self) -> None:
@@ -112,6 +122,13 @@ class _Gradients:
         for gradient in self.given:
             if gradient.layout == torch.sparse_coo and not gradient.is_inference():
                 torch.autograd.graph.increment_version(gradient)
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return groups
 
 
 def _observed() -> bool:

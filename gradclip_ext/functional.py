@@ -74,10 +74,9 @@ def clip_grad_norm_(
     if not is_compiling():
         if type(limit) is not float:
             limit = _read_limit(limit)
-        if type(limit) is float:
-            norm = _C.clip_grad_norm_(parameter_list, limit, order, bool(error_if_nonfinite), dtype)
-            if norm is not None:
-                return norm
+        norm = _C.clip_grad_norm_(parameter_list, limit, order, bool(error_if_nonfinite), dtype)
+        if norm is not None:
+            return norm
     return _general.clip_grad_norm_(
         parameter_list, limit, order, error_if_nonfinite, foreach, dtype
     )
@@ -153,11 +152,7 @@ def clip_grads_with_norm_(
     if not is_compiling():
         limit = _read_limit(limit)
         norm = _read_number(norm)
-        if (
-            type(limit) is float
-            and type(norm) is float
-            and _C.clip_grads_with_norm_(parameter_list, limit, norm)
-        ):
+        if _C.clip_grads_with_norm_(parameter_list, limit, norm):
             return
     _general.clip_grads_with_norm_(parameter_list, limit, norm, foreach)
 

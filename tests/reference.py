@@ -151,12 +151,14 @@ class Holder(torch.nn.Parameter):
 def random_gradient(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    # The same numbers on every default device.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
     if dtype.is_complex:
         real_dtype = torch.float32 if dtype == torch.complex64 else torch.float64
-        pairs = torch.randn((*shape, 2), generator=generator, dtype=real_dtype)
-        return torch.view_as_complex(pairs) * scale
-    return (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
+        pairs = torch.randn((*shape, 2), generator=generator, dtype=real_dtype, device="cpu")
+        return (torch.view_as_complex(pairs) * scale).to(device)
+    return (torch.randn(tuple(shape), generator=generator, device="cpu") * scale).to(device, dtype)
 
 
 def copies(gradients: Sequence[Tensor]) -> list[Tensor]:

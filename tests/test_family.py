@@ -333,12 +333,14 @@ class TestSideEffects:
             assert forward_ad.unpack_dual(norm).tangent.item() == pytest.approx(1.4)
         assert gradclip_ext._C.is_native(torch.ones(2, requires_grad=True))
 
+    @pytest.mark.cpu_only
     def test_autocast_changes_nothing(self):
         gradient = ref.random_gradient((300,))
         expected = gradclip_ext.get_total_norm([gradient])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(gradclip_ext.get_total_norm([gradient]), expected)
 
+    @pytest.mark.cpu_only
     def test_flushing_denormals_does_not_change_16_bit_values(self):
         smallest = torch.full((100,), 2.0**-24, dtype=torch.float16)
         expected = gradclip_ext.get_total_norm([smallest], dtype=torch.float64)

@@ -37,7 +37,21 @@ std::optional<DType> native_dtype(at::ScalarType dtype) {
 
 Span span_of(const at::Tensor& tensor, void* data) {
   const int64_t reals_per_element = c10::isComplexType(tensor.scalar_type()) ? 2 : 1;
-  return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
+  return {data, tensor.numel() * reals_per_element, dtype_of(tensor)};
+}
+
+bool is_engines(c10::DispatchKeySet keys) {
+  if (keys == c10::DispatchKeySet(c10::DispatchKey::CPU)) return true;
+#if GRADCLIP_WITH_CUDA
+  if (keys == c10::DispatchKeySet(c10::DispatchKey::CUDA)) return true;
+#endif
+  return false;
+}
+
+// GPUs refuse to read numbers that do not lie at a multiple of their size, which memory that comes
+// from elsewhere may do.
+bool is_aligned(const Span& span) {
+  return reinterpret_cast<uintptr_t>(span.data) % element_size(span.dtype) == 0;
 }
 
 // Forward-mode automatic differentiation: the tangent has to be carried along.
@@ -49,8 +63,8 @@ bool has_tangent(const at::Tensor& tensor) {
 }  // namespace
 
 bool is_native(const at::Tensor& tensor) {
-  return tensor.key_set() - kTransparentKeys == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
-         native_dtype(tensor.scalar_type()) && !has_tangent(tensor) &&
+  return is_engines(tensor.key_set() - kTransparentKeys) && native_dtype(tensor.scalar_type()) &&
+         !has_tangent(tensor) &&
          // Torch refuses to write to these outside of inference mode, and so must we.
          (!tensor.is_inference() || c10::InferenceMode::is_enabled());
 }
@@ -59,6 +73,8 @@ bool is_flat(const at::Tensor& tensor) {
   return tensor.numel() == 0 || (tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense() &&
                                  tensor.const_data_ptr() != nullptr);
 }
+
+DType dtype_of(const at::Tensor& tensor) { return *native_dtype(tensor.scalar_type()); }
 
 bool operations_are_unobserved() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
@@ -96,6 +112,8 @@ bool Gradients::accept() {
     }
     // Nothing writes through a span made here: index_for_writing makes its own.
     spans_.push_back(span_of(tensor, const_cast<void*>(tensor.const_data_ptr())));
+    if (tensor.device() != device()) return false;
+    if (!tensor.is_cpu() && !is_aligned(spans_.back())) return false;
   }
   return true;
 }
@@ -114,23 +132,6 @@ void Gradients::bump_versions() const {
     // Inference tensors have no version.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
-}
-
-bool share_memory(const FlatIndex& index) {
-  struct Extent {
-    const char* begin;
-    const char* end;
-  };
-  std::vector<Extent> extents;
-  extents.reserve(index.spans().size());
-  for (const Span& span : index.spans()) {
-    const char* begin = static_cast<const char*>(span.data);
-    extents.push_back({begin, begin + span.numel * element_size(span.dtype)});
-  }
-  const auto by_begin = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
-  std::sort(extents.begin(), extents.end(), by_begin);
-  const auto overlap = [](const Extent& a, const Extent& b) { return b.begin < a.end; };
-  return std::adjacent_find(extents.begin(), extents.end(), overlap) != extents.end();
 }
 
 }  // namespace gradclip::binding

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <vector>
@@ -12,13 +13,17 @@
 namespace gradclip::binding {
 
 // Whether the tensor's memory may be read and written behind the dispatcher's back: its dispatch
-// keys say plain CPU once those that do not change what is stored are masked, and its dtype is one
-// the kernels know. FakeTensor, meta, wrapper subclasses, functorch, nested, quantized and MKL-DNN
-// tensors also look strided, but have other keys.
+// keys say plain CPU, or plain CUDA where there is an engine for it, once those that do not change
+// what is stored are masked, and its dtype is one the kernels know. FakeTensor, meta, wrapper
+// subclasses, functorch, nested, quantized and MKL-DNN tensors also look strided, but have other
+// keys.
 bool is_native(const at::Tensor& tensor);
 
 // Whether its elements fill one block of memory, in whatever order of dimensions.
 bool is_flat(const at::Tensor& tensor);
+
+// The dtype as the engines know it, of a tensor that is native. Complex numbers are pairs of reals.
+DType dtype_of(const at::Tensor& tensor);
 
 // Whether nothing is active on this thread that expects to see every torch operation: a dispatch
 // mode, a functorch transform or a jit trace. (Function modes are Python's; see python_tensors.h.)
@@ -34,10 +39,13 @@ class Gradients {
   void add(const at::Tensor& tensor);
 
   // To be called once, after the last one was added. False when any of the tensors has to take the
-  // way through torch's operations.
+  // way through torch's operations, or when they lie on several devices.
   bool accept();
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
+
+  // Where all of them lie; for a list that is not empty.
+  c10::Device device() const { return tensors_.front().device(); }
 
   // The dtype torch gives the norm of these gradients.
   at::ScalarType norm_dtype() const { return norm_dtype_; }
@@ -57,8 +65,5 @@ class Gradients {
   std::vector<Span> spans_;
   at::ScalarType norm_dtype_ = at::ScalarType::Undefined;
 };
-
-// Whether any two spans share memory: a gradient that is listed twice, or views of one storage.
-bool share_memory(const FlatIndex& index);
 
 }  // namespace gradclip::binding

@@ -30,21 +30,44 @@ bool gather_native(py::handle sequence, Read read, Gradients* gradients) {
   return !observed() && gather(sequence.ptr(), read, gradients) && !gradients->tensors().empty();
 }
 
+// A Python number, or a tensor of one element that the GPU reads; nullopt for one that only torch's
+// operations can read.
+std::optional<Number> read_number(py::handle number, const Gradients& gradients) {
+  Number result;
+  // First, because it is what nearly every call brings, and Python's answer takes long.
+  if (PyFloat_CheckExact(number.ptr())) {
+    result.value = PyFloat_AS_DOUBLE(number.ptr());
+    return result;
+  }
+  const at::Tensor tensor = unpack(number.ptr());
+  if (!tensor.defined()) {
+    result.value = number.cast<double>();
+    return result;
+  }
+  const bool is_readable_as_it_is = is_native(tensor) && is_flat(tensor) && tensor.numel() == 1 &&
+                                    !tensor.is_complex() && !tensor.is_neg();
+  result.tensor = tensor;
+  if (!is_readable_as_it_is || !is_readable(result, gradients)) return std::nullopt;
+  return result;
+}
+
 py::object wrap_or_none(const std::optional<at::Tensor>& tensor) {
   if (!tensor) return py::none();
   return py::reinterpret_steal<py::object>(wrap(*tensor));
 }
 
-py::object py_clip_grad_norm_(py::handle parameters, double max_norm, double norm_type,
+py::object py_clip_grad_norm_(py::handle parameters, py::handle max_norm, double norm_type,
                               bool error_if_nonfinite, py::handle dtype) {
   const std::optional<Norm> norm = native_norm(norm_type);
   Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
   if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  const std::optional<Number> limit = read_number(max_norm, gradients);
+  if (!limit) return py::none();
   const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   std::optional<at::Tensor> total_norm;
   {
     py::gil_scoped_release release;
-    total_norm = clip_grad_norm_(gradients, max_norm, *norm, error_if_nonfinite, result_dtype);
+    total_norm = clip_grad_norm_(gradients, *limit, *norm, error_if_nonfinite, result_dtype);
   }
   return wrap_or_none(total_norm);
 }
@@ -63,11 +86,14 @@ py::object py_get_total_norm(py::handle tensors, double norm_type, bool error_if
   return wrap_or_none(total_norm);
 }
 
-bool py_clip_grads_with_norm_(py::handle parameters, double max_norm, double total_norm) {
+bool py_clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm) {
   Gradients gradients(/*accept_complex=*/true);
   if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  const std::optional<Number> limit = read_number(max_norm, gradients);
+  const std::optional<Number> norm = read_number(total_norm, gradients);
+  if (!limit || !norm) return false;
   py::gil_scoped_release release;
-  clip_grads_with_norm_(gradients, max_norm, total_norm);
+  clip_grads_with_norm_(gradients, *limit, *norm);
   return true;
 }
 
@@ -79,11 +105,12 @@ bool py_clip_grad_value_(py::handle parameters, double clip_value) {
   return true;
 }
 
-// The primitives ask for native, flat tensors; the general way sorts them out beforehand.
+// The primitives ask for native, flat tensors of one device; the general way sorts them out
+// beforehand.
 Gradients require_native(py::handle tensors) {
   Gradients gradients(/*accept_complex=*/true);
-  if (!gather(tensors.ptr(), Read::kTensors, &gradients)) {
-    throw py::value_error("expected a list of native, flat tensors");
+  if (!gather(tensors.ptr(), Read::kTensors, &gradients) || gradients.tensors().empty()) {
+    throw py::value_error("expected a list of native, flat tensors of one device, not empty");
   }
   return gradients;
 }
@@ -95,15 +122,17 @@ py::object py_power_sum(py::handle tensors, double norm_type) {
   at::Tensor sum;
   {
     py::gil_scoped_release release;
-    sum = scalar_tensor(power_sum(gradients, *norm, Precision::kFloat64), at::kDouble);
+    sum = power_sum(gradients, *norm);
   }
   return wrap_or_none(sum);
 }
 
-void py_scale_(py::handle tensors, double coefficient) {
+void py_scale_(py::handle tensors, py::handle coefficient) {
   const Gradients gradients = require_native(tensors);
+  const std::optional<Number> number = read_number(coefficient, gradients);
+  if (!number) throw py::value_error("expected a number, or a tensor on the same GPU");
   py::gil_scoped_release release;
-  scale_(gradients, coefficient);
+  scale_(gradients, *number);
 }
 
 void py_clamp_(py::handle tensors, double bound) {

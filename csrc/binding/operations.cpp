@@ -1,87 +1,70 @@
 #include "binding/operations.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 
 #include <cmath>
-#include <vector>
 
-#include "cpu/engine.h"
+#include "binding/cpu_operations.h"
+#if GRADCLIP_WITH_CUDA
+#include "binding/cuda_operations.h"
+#endif
 
 namespace gradclip::binding {
 namespace {
 
-// Below this a second thread costs more to wake than it saves.
-constexpr int64_t kSerialBytes = 512 * 1024;
-
-// Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
-// Each thread gets one contiguous share, and the same share for the same index every time.
-template <class Work>
-void for_all_workers(const FlatIndex& index, bool serial, const Work& work) {
-  const int64_t workers = cpu::worker_count(index);
-  if (workers == 0) return;
-  if (serial || index.bytes() < kSerialBytes) {
-    work(Range{0, workers});
-    return;
-  }
-  at::parallel_for(0, workers, /*grain_size=*/1,
-                   [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
-}
-
-// Runs a writing pass. Threads must not meet in memory that two gradients share, so such lists are
-// written one gradient after another, on this thread.
-template <class Work>
-void write(const Gradients& gradients, const Work& work) {
-  const FlatIndex index = gradients.index_for_writing();
-  const bool serial = index.bytes() >= kSerialBytes && share_memory(index);
-  for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
-}
-
-// Good for a result of that dtype.
-double norm_of(const Gradients& gradients, Norm norm, at::ScalarType dtype) {
-  const Precision precision = dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
-  return finish(norm, power_sum(gradients, norm, precision));
+// What a sum has to be good for, for a result of that dtype.
+Precision precision_for(at::ScalarType dtype) {
+  return dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
 }
 
 }  // namespace
 
-double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
-  const FlatIndex index = gradients.index_for_reading();
-  if (index.tensors() == 0) return 0.0;
-  std::vector<double> slots(
-      static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
-  for_all_workers(index, /*serial=*/false, [&](Range workers) {
-    cpu::power_sums(index, norm, precision, workers, slots.data());
-  });
-  PowerSum total(norm);
-  for (const double partial : slots) total.add(partial);
-  return total.value();
+bool is_readable(const Number& number, const Gradients& gradients) {
+  return number.is_known() ||
+         (!number.tensor.is_cpu() && number.tensor.device() == gradients.device());
 }
 
-void scale_(const Gradients& gradients, double coefficient) {
+at::Tensor power_sum(const Gradients& gradients, Norm norm) {
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) return cuda_engine::power_sum(gradients, norm);
+#endif
+  return cpu_engine::scalar_tensor(cpu_engine::power_sum(gradients, norm, Precision::kFloat64),
+                                   at::kDouble);
+}
+
+void scale_(const Gradients& gradients, const Number& coefficient) {
   gradients.bump_versions();
-  // Not >= 1: NaN has to reach the gradients.
-  if (coefficient == 1.0) return;
-  write(gradients,
-        [&](const FlatIndex& index, Range workers) { cpu::scale(index, coefficient, workers); });
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) return cuda_engine::scale_(gradients, coefficient);
+#endif
+  cpu_engine::scale_(gradients, coefficient.value);
 }
 
 void clamp_(const Gradients& gradients, double bound) {
   gradients.bump_versions();
-  write(gradients,
-        [&](const FlatIndex& index, Range workers) { cpu::clamp(index, bound, workers); });
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) return cuda_engine::clamp_(gradients, bound);
+#endif
+  cpu_engine::clamp_(gradients, bound);
 }
 
-std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, double max_norm, Norm norm,
-                                          bool error_if_nonfinite,
+std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,
+                                          Norm norm, bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype) {
   RECORD_FUNCTION("gradclip_ext::clip_grad_norm_", {});
   const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
-  const double total_norm = norm_of(gradients, norm, result_dtype);
+  const Precision precision = precision_for(result_dtype);
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) {
+    return cuda_engine::clip_grad_norm_(gradients, max_norm, norm, precision, error_if_nonfinite,
+                                        result_dtype);
+  }
+#endif
+  const double total_norm = finish(norm, cpu_engine::power_sum(gradients, norm, precision));
   if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
-  scale_(gradients, clip_coefficient(max_norm, total_norm));
-  return scalar_tensor(total_norm, result_dtype);
+  gradients.bump_versions();
+  cpu_engine::scale_(gradients, clip_coefficient(max_norm.value, total_norm));
+  return cpu_engine::scalar_tensor(total_norm, result_dtype);
 }
 
 std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
@@ -89,41 +72,33 @@ std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
                                          std::optional<at::ScalarType> dtype) {
   RECORD_FUNCTION("gradclip_ext::get_total_norm", {});
   const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
-  const double total_norm = norm_of(gradients, norm, result_dtype);
+  const Precision precision = precision_for(result_dtype);
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) {
+    return cuda_engine::get_total_norm(gradients, norm, precision, error_if_nonfinite,
+                                       result_dtype);
+  }
+#endif
+  const double total_norm = finish(norm, cpu_engine::power_sum(gradients, norm, precision));
   if (error_if_nonfinite && !std::isfinite(total_norm)) return std::nullopt;
-  return scalar_tensor(total_norm, result_dtype);
+  return cpu_engine::scalar_tensor(total_norm, result_dtype);
 }
 
-void clip_grads_with_norm_(const Gradients& gradients, double max_norm, double total_norm) {
+void clip_grads_with_norm_(const Gradients& gradients, const Number& max_norm,
+                           const Number& total_norm) {
   RECORD_FUNCTION("gradclip_ext::clip_grads_with_norm_", {});
-  scale_(gradients, clip_coefficient(max_norm, total_norm));
+  gradients.bump_versions();
+#if GRADCLIP_WITH_CUDA
+  if (gradients.device().is_cuda()) {
+    return cuda_engine::clip_grads_with_norm_(gradients, max_norm, total_norm);
+  }
+#endif
+  cpu_engine::scale_(gradients, clip_coefficient(max_norm.value, total_norm.value));
 }
 
 void clip_grad_value_(const Gradients& gradients, double clip_value) {
   RECORD_FUNCTION("gradclip_ext::clip_grad_value_", {});
   clamp_(gradients, clip_value);
-}
-
-at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
-  at::Tensor tensor(at::detail::empty_cpu({}, dtype));
-  void* data = tensor.mutable_data_ptr();
-  switch (dtype) {
-    case at::kDouble:
-      *static_cast<double*>(data) = value;
-      break;
-    case at::kFloat:
-      *static_cast<float*>(data) = static_cast<float>(value);
-      break;
-    case at::kHalf:
-      *static_cast<at::Half*>(data) = static_cast<float>(value);
-      break;
-    case at::kBFloat16:
-      *static_cast<at::BFloat16*>(data) = static_cast<float>(value);
-      break;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no norm has dtype ", dtype);
-  }
-  return tensor;
 }
 
 }  // namespace gradclip::binding

@@ -1,5 +1,5 @@
-// The operations on a list of native gradients, composed of three engine calls: measure, scale,
-// clamp. None of them needs Python; all may run while the GIL is released.
+// The operations on a list of native gradients of one device, composed of three engine calls:
+// measure, scale, clamp. None of them needs Python; all may run while the GIL is released.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,11 +12,25 @@
 
 namespace gradclip::binding {
 
-// Sum of |x|^p over all gradients, or their largest magnitude for the infinity norm.
-double power_sum(const Gradients& gradients, Norm norm, Precision precision);
+// A real number that the host knows, or a tensor of one element on a GPU, which the host does not
+// wait for.
+struct Number {
+  double value = 0.0;
+  // Undefined where `value` holds.
+  at::Tensor tensor;
+
+  bool is_known() const { return !tensor.defined(); }
+};
+
+// Whether the number can be read where these gradients lie: it is known, or on the same GPU.
+bool is_readable(const Number& number, const Gradients& gradients);
+
+// Sum of |x|^p over all gradients, or their largest magnitude for the infinity norm: 0-dim, in
+// float64, where the gradients lie.
+at::Tensor power_sum(const Gradients& gradients, Norm norm);
 
 // Multiplies every gradient in place. A coefficient of exactly 1 writes nothing.
-void scale_(const Gradients& gradients, double coefficient);
+void scale_(const Gradients& gradients, const Number& coefficient);
 
 // Limits every element to [-bound, bound] in place.
 void clamp_(const Gradients& gradients, double bound);
@@ -24,19 +38,17 @@ void clamp_(const Gradients& gradients, double bound);
 // The four functions of torch.nn.utils. The ones that return an optional give nullopt, with
 // nothing written, when the norm is not finite and the caller wants that to be an error.
 // `dtype` overrides the dtype of the result.
-std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, double max_norm, Norm norm,
-                                          bool error_if_nonfinite,
+std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,
+                                          Norm norm, bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype);
 
 std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype);
 
-void clip_grads_with_norm_(const Gradients& gradients, double max_norm, double total_norm);
+void clip_grads_with_norm_(const Gradients& gradients, const Number& max_norm,
+                           const Number& total_norm);
 
 void clip_grad_value_(const Gradients& gradients, double clip_value);
-
-// A 0-dim CPU tensor, made without going through the dispatcher.
-at::Tensor scalar_tensor(double value, at::ScalarType dtype);
 
 }  // namespace gradclip::binding

@@ -1,0 +1,34 @@
+// The operations of operations.h for gradients on a GPU. Compiled only where there is a CUDA
+// toolkit. All work is queued on torch's current stream of the gradients' device. The host waits
+// for the GPU only where error_if_nonfinite asks for an answer.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <optional>
+
+#include "binding/gradients.h"
+#include "binding/operations.h"
+#include "core/norm.h"
+
+namespace gradclip::binding::cuda_engine {
+
+// 0-dim, in float64, on the gradients' device.
+at::Tensor power_sum(const Gradients& gradients, Norm norm);
+
+void scale_(const Gradients& gradients, const Number& coefficient);
+
+void clamp_(const Gradients& gradients, double bound);
+
+std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,
+                                          Norm norm, Precision precision, bool error_if_nonfinite,
+                                          at::ScalarType result_dtype);
+
+std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm, Precision precision,
+                                         bool error_if_nonfinite, at::ScalarType result_dtype);
+
+void clip_grads_with_norm_(const Gradients& gradients, const Number& max_norm,
+                           const Number& total_norm);
+
+}  // namespace gradclip::binding::cuda_engine

@@ -1,0 +1,292 @@
+"""What only a GPU can show: streams, graphs, launches, memory, several devices, very large tensors.
+
+The suites of conftest.ON_EVERY_DEVICE run on CUDA besides. None of this has passed before it has
+run on a GPU: the kernels' emulation on the CPU (test_cuda_kernels.py) is no substitute.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference as ref
+import torch
+
+import gradclip_ext
+from gradclip_ext import _C, _built_with
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(_built_with.CUDA is None, reason="built without the CUDA engine"),
+]
+
+by_dtype = pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
+by_order = pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda order: f"L{order:g}")
+
+
+def gradients_of(shapes, dtype=torch.float32, device="cuda", scale=1.0):
+    return [
+        ref.random_gradient(shape, dtype, seed, scale).to(device)
+        for seed, shape in enumerate(shapes)
+    ]
+
+
+def check_clip(gradients, max_norm, order=2.0):
+    before = [ref.widened(gradient).cpu() for gradient in gradients]
+    expected = ref.reference_norm(before, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, order)
+    ref.assert_norm(norm.cpu(), before, order)
+    coefficient = ref.reference_coefficient(max_norm, expected)
+    for gradient, original in zip(gradients, before, strict=True):
+        ref.assert_scaled(gradient.cpu(), original, coefficient)
+    return norm
+
+
+def kernels_of(call):
+    """The names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
+    ]
+
+
+# Around the largest list of a single block, of a table, and of a launch.
+@by_order
+@by_dtype
+@pytest.mark.parametrize("count", [1, 39, 40, 41, 190, 191, 1600, 1601, 5000])
+def test_lists_of_any_length(count, dtype, order):
+    check_clip(gradients_of([(7 + 3 * (i % 11),) for i in range(count)], dtype), 0.5, order)
+
+
+@by_order
+@by_dtype
+def test_more_tiles_than_workers(dtype, order):
+    check_clip(gradients_of([(3_000_001,), (5,), (2_000, 1_000), (777_777,)], dtype), 0.5, order)
+
+
+@by_order
+def test_mixed_dtypes(order):
+    gradients = [
+        gradient
+        for seed in range(3)
+        for dtype in ref.NATIVE_DTYPES
+        for gradient in gradients_of([(200 + seed, 301)], dtype)
+    ]
+    check_clip(gradients, 0.5, order)
+
+
+def test_the_same_bits_every_time():
+    originals = gradients_of([(1000, 1000), (3,), (512, 77)])
+    results = []
+    for _ in range(5):
+        gradients = ref.copies([g.cpu() for g in originals])
+        gradients = [gradient.cuda() for gradient in gradients]
+        norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0)
+        results.append([norm, *gradients])
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shapes", [[(100,), (7, 3)], [(1000, 1000), (5,)]], ids=["one", "many"])
+def test_quiet_call_leaves_every_bit(shapes):
+    gradients = gradients_of(shapes)
+    before = [gradient.clone() for gradient in gradients]
+    gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1e9)
+    for gradient, original in zip(gradients, before, strict=True):
+        assert torch.equal(gradient.view(torch.int32), original.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "shapes, launches", [([(100,), (7, 3)], 1), ([(1000, 1000), (5,)], 2)], ids=["one", "many"]
+)
+@pytest.mark.parametrize("max_norm", [1.0, 1e9], ids=["clip", "quiet"])
+def test_launches(shapes, launches, max_norm):
+    parameters = ref.parameters(gradients_of(shapes))
+    kernels = kernels_of(lambda: gradclip_ext.clip_grad_norm_(parameters, max_norm))
+    assert len(kernels) == launches, kernels
+
+
+def test_on_a_stream_of_its_own():
+    # The gradients come late on the side stream; a call on another stream would not see them.
+    stream = torch.cuda.Stream()
+    gradient = torch.zeros(1_000_000, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        gradient.fill_(2.0)
+        norm = gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1.0)
+    stream.synchronize()
+    assert norm.item() == 2000.0
+    assert gradient[0].item() == pytest.approx(1e-3, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1000, 1_000_000], ids=["one block", "many blocks"])
+def test_graph_replays_with_new_gradients(size):
+    # Capturing forbids every wait for the GPU, so this also proves that there is none.
+    gradient = torch.ones(size, device="cuda")
+    limit = torch.tensor(1.0, device="cuda")
+    parameters = ref.parameters([gradient])
+    gradclip_ext.clip_grad_norm_(parameters, limit)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = gradclip_ext.clip_grad_norm_(parameters, limit)
+    for value, max_norm in [(2.0, 1.0), (3.0, 2.0), (1e-9, 1.0), (5.0, 0.5)]:
+        gradient.fill_(value)
+        limit.fill_(max_norm)
+        graph.replay()
+        expected = value * math.sqrt(size)
+        assert norm.item() == pytest.approx(expected, rel=1e-6)
+        coefficient = ref.reference_coefficient(max_norm, expected)
+        assert gradient[-1].item() == pytest.approx(value * coefficient, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["get_total_norm", "clip_grads_with_norm_", "clip_grad_value_"])
+def test_the_others_can_be_captured(name):
+    gradient = torch.ones(1_000_000, device="cuda")
+    norm = torch.tensor(1000.0, device="cuda")
+    calls = {
+        "get_total_norm": lambda: gradclip_ext.get_total_norm([gradient]),
+        "clip_grads_with_norm_": lambda: gradclip_ext.clip_grads_with_norm_(
+            ref.parameter(gradient), 1.0, norm
+        ),
+        "clip_grad_value_": lambda: gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0.5),
+    }
+    calls[name]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = calls[name]()
+    gradient.fill_(3.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    if name == "get_total_norm":
+        assert result.item() == 3000.0
+    else:
+        expected = 3.0 / (1000.0 + 1e-6) if name == "clip_grads_with_norm_" else 0.5
+        assert gradient[123].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_memory_does_not_grow_and_no_parameter_costs_any():
+    parameters = ref.parameters(gradients_of([(2000,)] * 1000))
+    gradclip_ext.clip_grad_norm_(parameters, 1.0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(20):
+        gradclip_ext.clip_grad_norm_(parameters, 1.0)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    # One number, and one double for each worker.
+    assert torch.cuda.max_memory_allocated() - before < 64 * 1024
+
+
+def test_non_finite_norm_raises_names_the_gradient_and_changes_nothing():
+    gradients = gradients_of([(1000, 700), (50,), (300, 300)])
+    gradients[1][7] = math.nan
+    before = [gradient.clone() for gradient in gradients]
+    with pytest.raises(RuntimeError) as error:
+        gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, error_if_nonfinite=True)
+    assert "parameters[1].grad of shape (50,)" in str(error.value)
+    for gradient, original in zip(gradients, before, strict=True):
+        assert torch.equal(gradient.view(torch.int32), original.view(torch.int32))
+
+
+def test_finite_norm_with_error_if_nonfinite():
+    gradients = gradients_of([(1000, 700), (50,)])
+    expected = ref.reference_norm([gradient.cpu() for gradient in gradients], 2.0)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, error_if_nonfinite=True)
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    after = ref.reference_norm([gradient.cpu() for gradient in gradients], 2.0)
+    assert after == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0], ids=["NaN", "negative"])
+def test_bad_max_norm_on_the_gpu_makes_nan(value):
+    gradient = torch.ones(1000, device="cuda")
+    limit = torch.tensor(value, device="cuda")
+    gradclip_ext.clip_grad_norm_(ref.parameter(gradient), limit)
+    assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*ref.NATIVE_DTYPES, torch.int64], ids=ref.name_of)
+def test_norm_and_limit_on_the_gpu_in_any_dtype(dtype):
+    gradient = torch.full((1000,), 8.0, device="cuda")
+    norm = torch.tensor(16, device="cuda", dtype=dtype)
+    limit = torch.tensor(4, device="cuda", dtype=dtype)
+    gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), limit, norm)
+    assert gradient.tolist() == pytest.approx([8.0 * 4.0 / (16.0 + 1e-6)] * 1000, rel=1e-6)
+
+
+def test_the_same_gradient_many_times():
+    gradient = torch.full((100_000,), 1.0, device="cuda")
+    other = torch.full((50,), 1.0, device="cuda")
+    parameters = ref.parameters([gradient, other, gradient, gradient])
+    norm = gradclip_ext.clip_grad_norm_(parameters, 1.0)
+    expected = math.sqrt(3 * 100_000 + 50)
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    coefficient = ref.reference_coefficient(1.0, expected)
+    assert gradient[77].item() == pytest.approx(coefficient**3, rel=1e-6)
+    assert other[7].item() == pytest.approx(coefficient, rel=1e-6)
+
+
+def test_cpu_and_cuda_gradients_in_one_call():
+    gradients = [torch.full((300,), 2.0), torch.full((1000, 1000), 1.0, device="cuda")]
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0)
+    expected = math.sqrt(4 * 300 + 1e6)
+    assert norm.device.type == "cpu"
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    assert gradients[0][3].item() == pytest.approx(2.0 / expected, rel=1e-5)
+    assert gradients[1][3, 3].item() == pytest.approx(1.0 / expected, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_devices():
+    gradients = [torch.full((1000, 500), 1.0 + i, device=f"cuda:{i}") for i in range(2)]
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0)
+    expected = math.sqrt(500_000 * 5)
+    assert norm.device == gradients[0].device
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    for i in range(2):
+        assert gradients[i][3, 3].item() == pytest.approx((1.0 + i) / expected, rel=1e-5)
+
+
+def test_more_than_2_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    numel = 2**31 + 4099
+    if free < 3 * numel * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    gradient = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
+    gradient[-1] = 2.0**20
+    norm = gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 2.0**19, dtype=torch.float64)
+    expected = math.sqrt(numel - 1 + 2.0**40)
+    assert norm.item() == pytest.approx(expected, rel=1e-15)
+    coefficient = ref.reference_coefficient(2.0**19, expected)
+    assert gradient[-1].item() == pytest.approx(2.0**20 * coefficient, rel=2**-8)
+    assert gradient[0].item() == gradient[2**31].item() == pytest.approx(coefficient, rel=2**-8)
+
+
+def test_views_at_odd_offsets():
+    storage = torch.full((10_000,), 3.0, device="cuda", dtype=torch.bfloat16)
+    views = [storage[1:4], storage[5:1000], storage[1001:9_998]]
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(views), 1.0, dtype=torch.float64)
+    expected = 3.0 * math.sqrt(3 + 995 + 8_997)
+    assert norm.item() == pytest.approx(expected, rel=1e-15)
+    outside = torch.cat([storage[:1], storage[4:5], storage[1000:1001], storage[9_998:]])
+    assert (outside == 3.0).all()
+    for view in views:
+        torch.testing.assert_close(view, torch.full_like(view, 3.0 / expected), rtol=2**-8, atol=0)
+
+
+def test_all_of_it_is_native():
+    assert _C.is_native(torch.ones(3, device="cuda"))
+    kernels = kernels_of(lambda: gradclip_ext.get_total_norm([torch.ones(100, device="cuda")]))
+    assert any("power_sums_kernel" in name for name in kernels), kernels
