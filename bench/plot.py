@@ -2,7 +2,8 @@
 
     python bench/plot.py bench/results/NAME.json
 
-Beside the JSON file appear NAME-speedup.png, NAME-bytes.png, NAME-tensors.png and NAME-error.png.
+Beside the JSON file appear NAME-speedup.png, NAME-bytes.png, NAME-tensors.png and NAME-error.png,
+of one dtype, and of lists that mix several.
 """
 
 from __future__ import annotations
@@ -262,11 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", type=Path, help="JSON file of bench_clip.py")
+    parser.add_argument("--dtype", default="float32", help="which rows (default: float32)")
     options = parser.parse_args(arguments)
     report = loads(options.report.read_text())
+    report["rows"] = [row for row in report["rows"] if row["dtype"] in (options.dtype, "mixed")]
     missing = [kind for kind in KINDS if not of_kind(report["rows"], kind)]
     if missing:
-        parser.error(f"{options.report} has no rows of kind {' and '.join(missing)}")
+        parser.error(
+            f"{options.report} has no rows of kind {' and '.join(missing)} in {options.dtype}"
+        )
     for name, draw in FIGURES.items():
         path = options.report.with_name(f"{options.report.stem}-{name}.png")
         draw(report).savefig(path, dpi=150)

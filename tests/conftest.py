@@ -1,4 +1,4 @@
-"""Runs the tests that say nothing of a device on CUDA as well, where there is a GPU or `-m cuda` asks.
+"""Runs the tests that say nothing of a device on CUDA as well, where there is one or -m cuda asks.
 
 They make their tensors without naming a device, so a default device is all it takes.
 """
