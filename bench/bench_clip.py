@@ -19,7 +19,10 @@ multiplication alone. GB/s counts each of these passes: 1 for quiet, 3 for clip,
 
 On CUDA a call starts on an idle GPU whose L2 cache holds none of the gradients. Its time is that
 between two events around it, launching included. "device" is the time with launching hidden behind
-work queued before, "host" how long the call kept the host. The table shows the first.
+work queued before, "host" how long the call kept the host. The table shows the first, and how many
+kernels a call launches, which the profiler counts. "copy" is a copy on the GPU that reads and
+writes as many bytes together as the gradients have; bandwidths of reading and copying are in the
+data, and the table's last lines give the largest.
 """
 
 from __future__ import annotations
@@ -76,6 +79,9 @@ COLUMNS = {
     "GB/s": 7,
     "fastest other": -29,
 }
+
+# Behind them on CUDA: kernels a call of ours and of torch's, device time over that of the limit.
+CUDA_COLUMNS = {"launches": 8, "torch": 6, "on device": 9}
 
 Call = Callable[[], object]
 
@@ -135,6 +141,7 @@ class CudaClock:
 def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
     """How to restore for and how to call one of LIMITS."""
     flat, flat_as_float64 = gradients.flat, gradients.flat_as_float64
+    first_half, second_half = flat.chunk(2)
 
     def restore_and_read() -> None:
         gradients.restore_flat()
@@ -150,11 +157,16 @@ def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
         "multiply": (gradients.restore_flat, lambda: flat.mul_(0.5)),
         # After a read that is not timed: what still fits into the cache is there.
         "multiply after read": (restore_and_read, lambda: flat.mul_(0.5)),
+        "copy": (gradients.restore_flat, lambda: second_half.copy_(first_half)),
     }[implementation]
 
 
 READS = ("read, gradclip_ext float64", "read, torch.sum float64", "read, torch.sum float32")
-LIMITS = {"quiet": READS, "clip": (*READS, "multiply after read"), "value": ("multiply",)}
+LIMITS = {
+    "quiet": (*READS, "copy"),
+    "clip": (*READS, "multiply after read", "copy"),
+    "value": ("multiply", "copy"),
+}
 
 
 def limit(kind: str, medians: dict[str, float]) -> float:
@@ -163,6 +175,27 @@ def limit(kind: str, medians: dict[str, float]) -> float:
         return medians["multiply"]
     read = min(medians[name] for name in READS)
     return read + medians["multiply after read"] if kind == "clip" else read
+
+
+def bandwidths(gradients: Gradients, medians: dict[str, float]) -> dict[str, float]:
+    """GB/s of the fastest read and of the copy, from medians in microseconds."""
+    times = {"copy": medians["copy"]}
+    if all(name in medians for name in READS):
+        times["read"] = min(medians[name] for name in READS)
+    return {name: gradients.bytes / time / 1e3 for name, time in times.items()}
+
+
+def launches(restore: Call, call: Call) -> int:
+    """How many kernels a call launches on the GPU; copies and fills of memory do not count."""
+    restore()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")
+        for event in profile.events()
+    )
 
 
 def bound_of(kind: str, gradients: Gradients) -> float:
@@ -273,7 +306,8 @@ def row_of(
 
     statistics = measured(calls, clock, seconds)
     limits = {name: statistics.pop(name) for name in LIMITS[kind]}
-    limit_us = limit(kind, {name: values["median_us"] for name, values in limits.items()})
+    limit_medians = {name: values["median_us"] for name, values in limits.items()}
+    limit_us = limit(kind, limit_medians)
     ours = statistics[OURS]["median_us"]
     row = {
         "workload": workload.name,
@@ -290,6 +324,7 @@ def row_of(
         "ratio": statistics[REFERENCE]["median_us"] / ours,
         "ratio_to_limit": ours / limit_us,
         "gigabytes_per_second": PASSES[kind] * gradients.bytes / ours / 1e3,
+        "limit_gigabytes_per_second": bandwidths(gradients, limit_medians),
     }
     if "device" in statistics[OURS]:
         device = {name: values["device"]["median_us"] for name, values in statistics.items()}
@@ -297,6 +332,9 @@ def row_of(
         row["device_ratio"] = device[REFERENCE] / device[OURS]
         row["device_limit_us"] = limit(kind, limits_on_device)
         row["device_ratio_to_limit"] = device[OURS] / row["device_limit_us"]
+        row["device_gigabytes_per_second"] = PASSES[kind] * gradients.bytes / device[OURS] / 1e3
+        row["device_limit_gigabytes_per_second"] = bandwidths(gradients, limits_on_device)
+        row["launches"] = {name: launches(*calls[name]) for name in statistics}
         row["host_ratio"] = (
             statistics[REFERENCE]["host"]["median_us"] / statistics[OURS]["host"]["median_us"]
         )
@@ -310,25 +348,31 @@ def line_of(table: Table, row: dict[str, Any]) -> str:
         name: values for name, values in implementations.items() if name not in (OURS, REFERENCE)
     }
     other = min(others, key=lambda name: others[name]["median_us"], default="")
-    return table.line(
-        [
-            row["workload"],
-            row["dtype"],
-            row["kind"],
-            str(row["tensors"]),
-            f"{row['bytes'] / 1e6:.3f}",
-            f"{reference['median_us']:.1f}" + ("" if reference["believable"] else "!"),
-            f"{ours['median_us']:.1f}",
-            f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['limit_us']:.1f}",
-            f"{row['ratio_to_limit']:.2f}",
-            f"{row['gigabytes_per_second']:.1f}",
-            other
-            and f"{other} {others[other]['median_us']:.1f}"
-            + ("" if others[other]["believable"] else "!"),
+    cells = [
+        row["workload"],
+        row["dtype"],
+        row["kind"],
+        str(row["tensors"]),
+        f"{row['bytes'] / 1e6:.3f}",
+        f"{reference['median_us']:.1f}" + ("" if reference["believable"] else "!"),
+        f"{ours['median_us']:.1f}",
+        f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
+        f"{row['ratio']:.2f}",
+        f"{row['limit_us']:.1f}",
+        f"{row['ratio_to_limit']:.2f}",
+        f"{row['gigabytes_per_second']:.1f}",
+        other
+        and f"{other} {others[other]['median_us']:.1f}"
+        + ("" if others[other]["believable"] else "!"),
+    ]
+    if "launches" in row:
+        counts = row["launches"]
+        cells += [
+            str(counts[OURS]),
+            str(counts[REFERENCE]),
+            f"{row['device_ratio_to_limit']:.2f}",
         ]
-    )
+    return table.line(cells)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -381,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.workloads
         for dtype in ([WORKLOADS[name].dtype] if WORKLOADS[name].dtype else options.dtypes)
     ]
-    table = Table(COLUMNS)
+    table = Table({**COLUMNS, **(CUDA_COLUMNS if device.type == "cuda" else {})})
     tqdm.write(table.head())
     rows = []
     # disable=None: a bar on a terminal, nothing where the output goes to a file.
@@ -406,6 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for implementation in row["implementations"].values()
     ):
         tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
+    for name in ("read", "copy"):
+        found = [
+            row.get("device_limit_gigabytes_per_second", row["limit_gigabytes_per_second"])
+            for row in rows
+        ]
+        largest_found = max((values[name] for values in found if name in values), default=None)
+        if largest_found is not None:
+            tqdm.write(f"{name}: up to {largest_found:.0f} GB/s")
     tqdm.write(f"\nData: {path}")
     return 0
 
