@@ -12,7 +12,8 @@ sys.path.append(str(ROOT / "tools"))
 from build_support import BuildExt  # noqa: E402
 
 CSRC = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file())
-SOURCES = [path for path in CSRC if path.endswith(".cpp")]
+# Those of the CUDA engine among them, which BuildExt leaves out of builds without it.
+SOURCES = [path for path in CSRC if path.endswith((".cpp", ".cu"))]
 
 setup(
     # Here, because pyproject.toml has no spelling of it that both setuptools 64 and 77 accept.

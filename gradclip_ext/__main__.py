@@ -53,17 +53,49 @@ def _built() -> dict[str, str]:
     return {
         "against torch": _built_with.TORCH_VERSION,
         "C++ ABI": "C++11" if _built_with.CXX11_ABI else "before C++11",
-        "CUDA engine": "none: CUDA gradients take the way through torch's operations",
+        "engines": _built_with.ENGINES,
+        "CUDA engine": _cuda_engine(_built_with.CUDA, _built_with.CUDA_CODES),
         "compiler": _built_with.COMPILER,
     }
 
 
+def _cuda_engine(version: str | None, codes: tuple[str, ...]) -> str:
+    if version is None:
+        return "none: CUDA gradients take the way through torch's operations"
+    return f"CUDA {version}, for {' '.join(codes)}"
+
+
 def _here() -> dict[str, str]:
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
-    devices += [
-        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
-    ]
+    for i in range(torch.cuda.device_count()):
+        facts = [torch.cuda.get_device_name(i)]
+        # Of ROCm these are other numbers.
+        if _built_with.CUDA is not None and torch.version.cuda is not None:
+            facts.append(_coverage(torch.cuda.get_device_capability(i), _built_with.CUDA_CODES))
+        devices.append(f"cuda:{i} ({', '.join(facts)})")
     return {"CPU kernels": _C.instruction_set(), "devices": ", ".join(devices)}
+
+
+def _coverage(capability: tuple[int, int], codes: tuple[str, ...]) -> str:
+    """Returns what a card of this compute capability runs of what was built for `codes`."""
+    card = f"{capability[0]}.{capability[1]}"
+    own, from_ptx = [], []
+    for code in codes:
+        kind, _, number = code.partition("_")
+        # Those with a letter, such as sm_90a, are for exactly one kind of card.
+        digits = number.rstrip("af")
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if digits != number and (major, minor) != capability:
+            continue
+        if kind == "compute" and (major, minor) <= capability:
+            from_ptx.append(code)
+        elif kind == "sm" and major == capability[0] and minor <= capability[1]:
+            own.append(code)
+    if own:
+        return f"{card}, runs {own[-1]}"
+    if from_ptx:
+        return f"{card}, its driver compiles {from_ptx[-1]} on first use"
+    return f"{card}, NOT COVERED: build again with TORCH_CUDA_ARCH_LIST={card}"
 
 
 def _problem(check: Callable[[], None]) -> str | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import gradclip_ext
 from gradclip_ext import __main__ as main_module
+from gradclip_ext import _built_with
 
 
 def test_report(capsys):
@@ -18,6 +20,9 @@ def test_report(capsys):
     assert facts["gradclip_ext"] == gradclip_ext.__version__
     assert facts["torch"] == torch.__version__
     assert f"  CPU kernels      {gradclip_ext._C.instruction_set()}" in lines
+    assert facts["engines"].startswith(
+        "CPU only (" if _built_with.CUDA is None else "CPU and CUDA ("
+    )
     checks = [line for line in lines if line.endswith(" ok")]
     assert len(checks) == len(main_module._CHECKS) == 9
     assert lines[-1] == "All 9 checks passed."
@@ -55,3 +60,51 @@ def test_a_missing_write_fails_loudly(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "FAILED: largest error of a scaled element" in out
     assert "FAILED: a limited gradient differs from torch's" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "codes", "text"),
+    [
+        (None, (), "none: CUDA gradients take the way through torch's operations"),
+        ("13.0", ("sm_80", "compute_80"), "CUDA 13.0, for sm_80 compute_80"),
+    ],
+)
+def test_cuda_engine(version, codes, text):
+    assert main_module._cuda_engine(version, codes) == text
+
+
+@pytest.mark.parametrize(
+    ("capability", "text"),
+    [
+        pytest.param((8, 0), "8.0, runs sm_80", id="its own"),
+        pytest.param((8, 9), "8.9, runs sm_86", id="of an older card of the same generation"),
+        pytest.param((9, 0), "9.0, runs sm_90a", id="with a letter"),
+        pytest.param(
+            (12, 1), "12.1, its driver compiles compute_100 on first use", id="newer than all"
+        ),
+        pytest.param(
+            (7, 5),
+            "7.5, NOT COVERED: build again with TORCH_CUDA_ARCH_LIST=7.5",
+            id="older than all",
+        ),
+    ],
+)
+def test_coverage(capability, text):
+    codes = ("sm_80", "sm_86", "sm_90a", "sm_100", "compute_100")
+    assert main_module._coverage(capability, codes) == text
+
+
+def test_code_with_a_letter_is_for_no_newer_card():
+    assert "NOT COVERED" in main_module._coverage((9, 1), ("sm_90a", "compute_90a"))
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "made up")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_built_with, "CUDA", "13.0")
+    monkeypatch.setattr(_built_with, "CUDA_CODES", ("sm_80",))
+    assert main_module._here()["devices"].endswith(", cuda:0 (made up, 8.0, runs sm_80)")
+    monkeypatch.setattr(_built_with, "CUDA", None)
+    assert main_module._here()["devices"].endswith(", cuda:0 (made up)")

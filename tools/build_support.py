@@ -18,6 +18,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from find_cuda import Toolkit, architecture_list, find_toolkit
+from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
@@ -87,16 +89,93 @@ def check_torch_version(version: str) -> None:
         )
 
 
-def decide_engines(choice: str) -> str:
-    """Returns which engines are built, as a line to print; `choice` is GRADCLIP_CUDA's value."""
+def decide_engines(torch: ModuleType, guess: str | None = None) -> tuple[Toolkit | None, str]:
+    """Returns the toolkit that the CUDA engine is built with (None: CPU only), and why.
+
+    A toolkit and a torch with CUDA decide, never a GPU: what builds a wheel need not have one.
+    GRADCLIP_CUDA=0 or 1 forces it. `guess` is where torch supposes the toolkit.
+    """
+    choice = os.environ.get("GRADCLIP_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SetupError(f"GRADCLIP_CUDA must be 0, 1 or unset, found {choice!r}.")
-    if choice == "1":
+    if choice == "0":
+        return None, "CPU only (GRADCLIP_CUDA=0)"
+    cuda = torch.version.cuda
+    if cuda is None:
+        if choice == "1":
+            raise SetupError(
+                f"GRADCLIP_CUDA=1 asks for the CUDA engine, but torch {torch.__version__} is built "
+                "without CUDA.\n"
+                "Install a torch with CUDA (https://pytorch.org/get-started), or run: "
+                "unset GRADCLIP_CUDA"
+            )
+        return None, f"CPU only (torch {torch.__version__} is built without CUDA)"
+    major = cuda.partition(".")[0]
+    toolkit, where = find_toolkit(guess, major)
+    if toolkit is None:
+        if choice == "1":
+            raise SetupError(
+                f"GRADCLIP_CUDA=1 asks for the CUDA engine, but {where}.\n"
+                f"Install the toolkit of CUDA {major} and name its folder: "
+                "CUDA_HOME=/path/to/cuda\n"
+                "or build for the CPU only: GRADCLIP_CUDA=0"
+            )
+        return None, f"CPU only ({where})"
+    if toolkit.major != major:
         raise SetupError(
-            "GRADCLIP_CUDA=1 asks for the CUDA engine, which this version does not have yet.\n"
-            "Run: unset GRADCLIP_CUDA"
+            f"the CUDA toolkit in {toolkit.home} is of version {toolkit.version}, but torch "
+            f"{torch.__version__} is built for CUDA {cuda}.\n"
+            f"The major versions have to agree. Name a toolkit of CUDA {major}: "
+            "CUDA_HOME=/path/to/cuda\n"
+            "or build for the CPU only: GRADCLIP_CUDA=0"
         )
-    return "CPU only (this version has no CUDA engine yet)"
+    return toolkit, f"CPU and CUDA ({where})"
+
+
+def architecture_flags(torch: ModuleType, toolkit: Toolkit, cpp_extension: ModuleType) -> list[str]:
+    """Returns nvcc's options for TORCH_CUDA_ARCH_LIST, by default for what torch is built for."""
+    codes = toolkit.codes()
+    try:
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            # torch's own default are the cards in this machine, of which there may be none.
+            flags = torch._C._cuda_getArchFlags() or ""
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architecture_list(flags, codes)
+        options: list[str] = cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError) as error:
+        # IndexError is what `native` gives without a card.
+        raise SetupError(
+            f"no architectures to compile for: {error}.\n"
+            f"TORCH_CUDA_ARCH_LIST is {os.environ.get('TORCH_CUDA_ARCH_LIST', '')!r}; set it to "
+            "what you have, such as TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
+        ) from error
+    unsupported = [
+        code
+        for code in built_codes(options)
+        # As sm_90a and compute_90 need an nvcc that knows sm_90.
+        if f"sm_{re.sub('[^0-9]', '', code)}" not in codes
+    ]
+    if unsupported:
+        raise SetupError(
+            f"nvcc {toolkit.version} in {toolkit.home} cannot compile for "
+            f"{', '.join(unsupported)}, only for {', '.join(sorted(codes, key=_number))}.\n"
+            "Change TORCH_CUDA_ARCH_LIST, or name another toolkit: CUDA_HOME=/path/to/cuda"
+        )
+    return options
+
+
+def built_codes(options: list[str]) -> tuple[str, ...]:
+    """Returns what nvcc's options ask for: sm_90 is for one card, compute_90 is PTX."""
+    codes = re.findall(r"\bcode=(\w+)", " ".join(options))
+    return tuple(sorted(codes, key=lambda code: (code.startswith("compute"), _number(code))))
+
+
+def _number(code: str) -> int:
+    return int(re.sub("[^0-9]", "", code))
+
+
+def is_cuda_source(path: str) -> bool:
+    """Whether a file is left out of a build without the CUDA engine."""
+    return path.endswith(".cu") or Path(path).name.startswith("cuda_")
 
 
 def compiler_version(command: list[str]) -> str:
@@ -140,17 +219,67 @@ def pybind11_include(torch_include: list[str]) -> list[str]:
     return [pybind11.get_include()]
 
 
-def built_with_source(torch: ModuleType, compiler: str) -> str:
+def built_with_source(
+    torch: ModuleType, compiler: str, engines: str, toolkit: Toolkit | None, codes: tuple[str, ...]
+) -> str:
     """Returns the text of gradclip_ext/_built_with.py."""
     facts = {
-        "TORCH_VERSION": str(torch.__version__),
-        "TORCH_CUDA": torch.version.cuda,
-        "CXX11_ABI": torch.compiled_with_cxx11_abi(),
-        "PYTHON": sysconfig.get_python_version(),
-        "COMPILER": compiler,
+        "TORCH_VERSION: str": str(torch.__version__),
+        "TORCH_CUDA: str | None": torch.version.cuda,
+        "CXX11_ABI: bool": torch.compiled_with_cxx11_abi(),
+        "PYTHON: str": sysconfig.get_python_version(),
+        "COMPILER: str": compiler,
+        "ENGINES: str": engines,
+        "CUDA: str | None": toolkit.version if toolkit is not None else None,
+        "CUDA_CODES: tuple[str, ...]": codes,
     }
     lines = [f"{name} = {value!r}\n" for name, value in facts.items()]
     return "".join(['"""What gradclip_ext._C was built with; written by the build."""\n\n', *lines])
+
+
+def prepare_for_cpu(extension: Extension, cpp_extension: ModuleType) -> None:
+    """Makes `extension` one that torch's command can build, without the CUDA engine."""
+    extension.sources = [path for path in extension.sources if not is_cuda_source(path)]
+    settings = cpp_extension.CppExtension(extension.name, extension.sources)
+    extension.extra_compile_args += _as_system_headers(settings.include_dirs)
+    extension.library_dirs += settings.library_dirs
+    extension.libraries += settings.libraries
+
+
+def prepare_for_cuda(
+    extension: Extension, cpp_extension: ModuleType, toolkit: Toolkit, options: list[str]
+) -> None:
+    """Makes `extension` one that torch's command can build, with the CUDA engine."""
+    settings = cpp_extension.CUDAExtension(extension.name, extension.sources)
+    headers = [folder for folder in settings.include_dirs if Path(folder) != toolkit.include]
+    if toolkit.include != Path("/usr/include"):
+        headers.append(str(toolkit.include))
+    threads = min(len(options), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    extension.extra_compile_args = {
+        "cxx": extension.extra_compile_args + _as_system_headers(headers),
+        # The architectures are named here, since torch would name none if it found the letters
+        # "arch" in any other option, even in the name of a folder.
+        "nvcc": [
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler=-fvisibility=hidden",
+            f"--threads={threads}",
+            *options,
+        ],
+    }
+    extension.define_macros.append(("GRADCLIP_WITH_CUDA", "1"))
+    extension.library_dirs += settings.library_dirs
+    extension.libraries += settings.libraries
+
+
+def _as_system_headers(folders: list[str]) -> list[str]:
+    """Returns options for -Wall -Wextra to speak of our code only."""
+    return [f"-isystem{folder}" for folder in folders + pybind11_include(folders)]
+
+
+def _text_of(error: RuntimeError) -> str:
+    """Returns the message of an error of torch, which passes some as a format and its arguments."""
+    return " ".join(map(str, error.args))
 
 
 class BuildExt(build_ext):
@@ -166,8 +295,10 @@ class BuildExt(build_ext):
             )
 
     def build_extensions(self) -> None:
-        engines = decide_engines(os.environ.get("GRADCLIP_CUDA", ""))
         torch = import_torch()
+        from torch.utils import cpp_extension
+
+        toolkit, engines = decide_engines(torch, cpp_extension.CUDA_HOME)
         # torch compiles with CXX (or c++), setuptools links with the C++ compiler of Python.
         compiler = compiler_version(shlex.split(os.environ.get("CXX", "c++")))
         compiler_version(self.compiler.compiler_cxx)
@@ -175,24 +306,28 @@ class BuildExt(build_ext):
         if shutil.which("ninja") is None:
             # Installed beside an interpreter whose environment has not been activated.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+
+        options: list[str] = []
+        if toolkit is not None:
+            # torch looks for nvcc and the headers where this says, whatever it had guessed.
+            cpp_extension.CUDA_HOME = str(toolkit.home)
+            options = architecture_flags(torch, toolkit, cpp_extension)
+        codes = built_codes(options)
         print(
-            f"gradclip_ext: {engines}; torch {torch.__version__} in {Path(torch.__file__).parent}; "
-            f"{compiler}",
+            f"gradclip_ext: {' '.join([engines, *codes])}; torch {torch.__version__} in "
+            f"{Path(torch.__file__).parent}; {compiler}",
             flush=True,
         )
-
-        from torch.utils import cpp_extension
-
-        # Objects built against one torch must not be linked for another, and ninja does not tell:
-        # it ignores system headers, and installers may keep the old time stamps of packaged files.
-        self.build_temp = str(Path(self.build_temp, f"torch-{torch.__version__}"))
         for extension in self.extensions:
-            settings = cpp_extension.CppExtension(extension.name, extension.sources)
-            # As system headers, so that -Wall -Wextra speak of our code only.
-            headers = settings.include_dirs + pybind11_include(settings.include_dirs)
-            extension.extra_compile_args += [f"-isystem{folder}" for folder in headers]
-            extension.library_dirs += settings.library_dirs
-            extension.libraries += settings.libraries
+            if toolkit is None:
+                prepare_for_cpu(extension, cpp_extension)
+            else:
+                prepare_for_cuda(extension, cpp_extension, toolkit, options)
+        # Objects built against one torch must not be linked for another, nor those with the CUDA
+        # engine for a build without, and ninja does not tell: it ignores system headers, and
+        # installers may keep the old time stamps of packaged files.
+        engine = "cpu" if toolkit is None else f"cuda-{toolkit.version}"
+        self.build_temp = str(Path(self.build_temp, f"torch-{torch.__version__}-{engine}"))
 
         command = cpp_extension.BuildExtension(self.distribution)
         vars(command).update(vars(self))
@@ -201,10 +336,15 @@ class BuildExt(build_ext):
         try:
             command.build_extensions()
         except RuntimeError as error:
-            raise CompileError("compilation failed, see the compiler's messages above") from error
+            # torch also refuses compilers in this way, before any has said anything.
+            raise CompileError(
+                f"compilation failed, see the messages above: {_text_of(error)}"
+            ) from error
 
         target = Path(self._built_with_in_build_lib())
-        target.write_text(built_with_source(torch, compiler), encoding="utf-8")
+        target.write_text(
+            built_with_source(torch, compiler, engines, toolkit, codes), encoding="utf-8"
+        )
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()

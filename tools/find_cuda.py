@@ -1,0 +1,149 @@
+"""Finds the CUDA toolkit and what it can compile for; needs neither torch nor a GPU.
+
+As a script it says in one line which toolkit there is, and exits with 1 where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+# Older ones lack what the kernels ask for, or are no longer made for by current compilers.
+MINIMUM_ARCHITECTURE = 75
+# Where NVIDIA's own installer puts it, without any trace in the environment.
+DEFAULT_HOME = Path("/usr/local/cuda")
+
+
+class Toolkit(NamedTuple):
+    """A folder that holds nvcc and the headers."""
+
+    home: Path
+    include: Path
+    version: str
+
+    @property
+    def nvcc(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+    @property
+    def major(self) -> str:
+        return self.version.partition(".")[0]
+
+    def codes(self) -> set[str]:
+        """Returns the architectures that nvcc compiles for: sm_75, sm_80, ..."""
+        return set(_output([self.nvcc, "--list-gpu-code"]).split())
+
+
+def find_toolkit(guess: str | None = None, major: str | None = None) -> tuple[Toolkit | None, str]:
+    """Returns the toolkit, or None, and in both cases a line that says what was found where.
+
+    `guess` is where torch supposes it. Among several the first one of the wanted `major` version
+    is taken, else the first. CUDA_HOME and CUDA_PATH are taken at their word.
+    """
+    found: list[Toolkit] = []
+    missing: dict[Path, str] = {}
+    for place in _places(guess):
+        toolkit = _toolkit_in(place)
+        if isinstance(toolkit, str):
+            missing[place] = toolkit
+            # Beside a wrapper of nvcc in a folder that is on PATH lies what it wraps.
+            toolkit = _toolkit_in(place / "cuda")
+        if isinstance(toolkit, Toolkit):
+            found.append(toolkit)
+    fitting = [toolkit for toolkit in found if toolkit.major == major]
+    for toolkit in fitting or found:
+        return toolkit, f"CUDA toolkit {toolkit.version} in {toolkit.home}"
+    if not missing:
+        return None, "no CUDA toolkit was found: no nvcc on PATH, CUDA_HOME is not set"
+    places = ", ".join(f"{home} has no {what}" for home, what in missing.items())
+    return None, f"no CUDA toolkit was found: {places}"
+
+
+def architecture_list(torch_flags: str, codes: Iterable[str]) -> str:
+    """Returns, as TORCH_CUDA_ARCH_LIST spells them, the architectures that torch is built for.
+
+    `torch_flags` is what torch._C._cuda_getArchFlags() says, `codes` what nvcc can compile for. The
+    highest also comes as PTX, which the driver compiles for cards that are newer than all of these.
+    Raises ValueError if nothing is left.
+    """
+    numbers = {int(number) for number in re.findall(r"\bsm_(\d+)\b", torch_flags)}
+    supported = set(codes)
+    kept = [n for n in sorted(numbers) if n >= MINIMUM_ARCHITECTURE and f"sm_{n}" in supported]
+    if not kept:
+        raise ValueError(
+            f"torch is built for {torch_flags.strip() or 'no architecture'}, and nvcc compiles for "
+            f"none of these from sm_{MINIMUM_ARCHITECTURE} on"
+        )
+    return ";".join(f"{n // 10}.{n % 10}" for n in kept) + "+PTX"
+
+
+def _places(guess: str | None) -> list[Path]:
+    """Returns the folders to look at, the most telling first."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return [Path(named)]
+    places = []
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        places.append(Path(nvcc).resolve().parent.parent)
+        # A wrapper can lie anywhere, but nvcc itself knows where it was started from.
+        plan = _output([nvcc, "--dryrun", "-x", "cu", os.devnull])
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+        if top is not None:
+            places.append(Path(top[1].strip()).resolve())
+    if guess:
+        places.append(Path(guess))
+    if DEFAULT_HOME.exists():
+        places.append(DEFAULT_HOME)
+    return places
+
+
+def _toolkit_in(home: Path) -> Toolkit | str:
+    """Returns the toolkit whose folder is `home`, or what is missing there."""
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.is_file():
+        return "bin/nvcc"
+    include = _include(home)
+    if include is None:
+        return "include/cuda_runtime.h"
+    version = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
+    if version is None:
+        return "bin/nvcc that works"
+    return Toolkit(home.resolve(), include.resolve(), version[1])
+
+
+def _include(home: Path) -> Path | None:
+    """Returns the folder of the headers; conda has them only in a folder of the target."""
+    target = "sbsa" if platform.machine() == "aarch64" else platform.machine()
+    for folder in (home / "include", home / "targets" / f"{target}-linux" / "include"):
+        if (folder / "cuda_runtime.h").is_file():
+            return folder
+    return None
+
+
+def _output(command: list[str | Path]) -> str:
+    """Returns what a command prints, nothing if it cannot be run."""
+    try:
+        answer = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return answer.stdout
+
+
+if __name__ == "__main__":
+    toolkit, line = find_toolkit()
+    print(line)
+    sys.exit(toolkit is None)
