@@ -3,6 +3,7 @@
     python bench/bench_clip.py                  # every workload in float32, minutes
     python bench/bench_clip.py --suite ci       # a few small ones, seconds
     python bench/bench_clip.py --suite full     # every workload in every dtype
+    python bench/bench_clip.py --suite gpu --device cuda
     python bench/plot.py bench/results/NAME.json
 
 Within one run everything takes turns: our function, torch's with each value of foreach, the
@@ -59,6 +60,14 @@ SUITES: dict[str, dict[str, Any]] = {
         "workloads": ["one_scalar", "many_small_100", "small", "lstm"],
         "dtypes": ["float32", "bfloat16"],
         "seconds": 0.05,
+    },
+    # In the time that tools/gpu_check.sh has.
+    "gpu": {
+        "workloads": ["small", "lstm", "1000x1000", "resnet50", "gpt2"]
+        + ["mixed_500", "one_1536m", "llama3_8b"],
+        "dtypes": ["float32"],
+        "kinds": ["quiet", "clip"],
+        "seconds": 1.0,
     },
     "default": {"dtypes": ["float32"], "seconds": 4.0},
     "full": {"dtypes": list(DTYPES), "seconds": 4.0},
@@ -387,7 +396,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS)
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS)
     parser.add_argument("--seconds", type=float, help="for each workload, dtype and kind")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
@@ -400,6 +409,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     suite = {
         "workloads": [w.name for w in WORKLOADS.values() if options.device in w.devices],
+        "kinds": list(KINDS),
         **SUITES[options.suite],
     }
     for name, value in suite.items():

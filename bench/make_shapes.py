@@ -185,6 +185,12 @@ def workloads() -> dict[str, dict[str, Any]]:
             gpt2(),
         ),
         "mixed_500": workload("500 matrices, bfloat16 and float32", mixed(1), "mixed", "cuda"),
+        "one_1536m": workload(
+            "One tensor of 1.536 G elements, as measured in NeMo Automodel's pull request 3685",
+            [(1_536_000_000,)],
+            "bfloat16",
+            "cuda",
+        ),
         "llama3_8b": workload(
             "Grattafiori et al., The Llama 3 Herd of Models (2024), 8B",
             llama3_8b(),

@@ -3,7 +3,7 @@
     python bench/plot.py bench/results/NAME.json
 
 Beside the JSON file appear NAME-speedup.png, NAME-bytes.png, NAME-tensors.png and NAME-error.png,
-of one dtype, and of lists that mix several.
+of one dtype, and of the workloads that come in another one only.
 """
 
 from __future__ import annotations
@@ -266,12 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="which rows (default: float32)")
     options = parser.parse_args(arguments)
     report = loads(options.report.read_text())
-    report["rows"] = [row for row in report["rows"] if row["dtype"] in (options.dtype, "mixed")]
+    in_dtype = {row["workload"] for row in report["rows"] if row["dtype"] == options.dtype}
+    report["rows"] = [
+        row
+        for row in report["rows"]
+        if row["dtype"] == options.dtype or row["workload"] not in in_dtype
+    ]
     missing = [kind for kind in KINDS if not of_kind(report["rows"], kind)]
     if missing:
-        parser.error(
-            f"{options.report} has no rows of kind {' and '.join(missing)} in {options.dtype}"
-        )
+        parser.error(f"{options.report} has no rows of kind {' and '.join(missing)}")
     for name, draw in FIGURES.items():
         path = options.report.with_name(f"{options.report.stem}-{name}.png")
         draw(report).savefig(path, dpi=150)

@@ -51,3 +51,25 @@ def test_torch_extension_is_included_nowhere():
 def test_python_variable_is_included_once():
     header = "torch/csrc/autograd/python_variable.h"
     assert len([file for file in FILES if header in includes(file)]) == 1
+
+
+# torch's own debugging of synchronization cannot see calls of the runtime, so they are looked for.
+WAITS = re.compile(
+    r"\b(cuda|hip)\w*(Synchronize|Memcpy\w*|Memset\w*|Malloc\w*|Free\w*|StreamQuery|EventQuery)\s*\("
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_nothing_waits_for_the_gpu_or_allocates_behind_torch(file):
+    calls = [match.group(0) for match in WAITS.finditer(file.read_text(encoding="utf-8"))]
+    # In a kernel: waits for the kernel before it, not for the host.
+    assert [call for call in calls if call != "cudaGridDependencySynchronize("] == []
+
+
+def test_the_host_reads_a_number_of_the_gpu_in_one_place():
+    readers = {
+        name(file): file.read_text(encoding="utf-8").count(".item(")
+        for file in FILES
+        if ".item(" in file.read_text(encoding="utf-8")
+    }
+    assert readers == {"binding/cuda_operations.cpp": 1}
