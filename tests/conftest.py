@@ -13,6 +13,7 @@ ON_EVERY_DEVICE = {
     "test_errors",
     "test_family",
     "test_known_bugs",
+    "test_lists",
     "test_properties",
     "test_textbook",
 }

@@ -47,7 +47,7 @@ class Queue {
   // A 0-dim tensor, made without going through the dispatcher.
   at::Tensor scalar(at::ScalarType dtype) const {
     return at::Tensor(at::detail::empty_generic({}, allocator(),
-                                                c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
+                                                c10::DispatchKeySet(kGpuKey), dtype,
                                                 /*memory_format_opt=*/std::nullopt));
   }
 

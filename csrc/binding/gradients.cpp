@@ -43,7 +43,7 @@ Span span_of(const at::Tensor& tensor, void* data) {
 bool is_engines(c10::DispatchKeySet keys) {
   if (keys == c10::DispatchKeySet(c10::DispatchKey::CPU)) return true;
 #if GRADCLIP_WITH_CUDA
-  if (keys == c10::DispatchKeySet(c10::DispatchKey::CUDA)) return true;
+  if (keys == c10::DispatchKeySet(kGpuKey)) return true;
 #endif
   return false;
 }
@@ -113,7 +113,7 @@ bool Gradients::accept() {
     // Nothing writes through a span made here: index_for_writing makes its own.
     spans_.push_back(span_of(tensor, const_cast<void*>(tensor.const_data_ptr())));
     if (tensor.device() != device()) return false;
-    if (!tensor.is_cpu() && !is_aligned(spans_.back())) return false;
+    if (are_on_gpu() && !is_aligned(spans_.back())) return false;
   }
   return true;
 }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
+#include <c10/core/DispatchKey.h>
 #include <c10/core/ScalarType.h>
 
 #include <vector>
@@ -11,6 +12,15 @@
 #include "core/flat_index.h"
 
 namespace gradclip::binding {
+
+// What the CUDA engine works on. Its emulation in the tests works on the CPU's memory instead.
+#if defined(GRADCLIP_EMULATION)
+inline constexpr c10::DeviceType kGpuDevice = c10::DeviceType::CPU;
+inline constexpr c10::DispatchKey kGpuKey = c10::DispatchKey::CPU;
+#else
+inline constexpr c10::DeviceType kGpuDevice = c10::DeviceType::CUDA;
+inline constexpr c10::DispatchKey kGpuKey = c10::DispatchKey::CUDA;
+#endif
 
 // Whether the tensor's memory may be read and written behind the dispatcher's back: its dispatch
 // keys say plain CPU, or plain CUDA where there is an engine for it, once those that do not change
@@ -46,6 +56,7 @@ class Gradients {
 
   // Where all of them lie; for a list that is not empty.
   c10::Device device() const { return tensors_.front().device(); }
+  bool are_on_gpu() const { return device().type() == kGpuDevice; }
 
   // The dtype torch gives the norm of these gradients.
   at::ScalarType norm_dtype() const { return norm_dtype_; }

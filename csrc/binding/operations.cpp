@@ -26,7 +26,7 @@ bool is_readable(const Number& number, const Gradients& gradients) {
 
 at::Tensor power_sum(const Gradients& gradients, Norm norm) {
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) return cuda_engine::power_sum(gradients, norm);
+  if (gradients.are_on_gpu()) return cuda_engine::power_sum(gradients, norm);
 #endif
   return cpu_engine::scalar_tensor(cpu_engine::power_sum(gradients, norm, Precision::kFloat64),
                                    at::kDouble);
@@ -35,7 +35,7 @@ at::Tensor power_sum(const Gradients& gradients, Norm norm) {
 void scale_(const Gradients& gradients, const Number& coefficient) {
   gradients.bump_versions();
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) return cuda_engine::scale_(gradients, coefficient);
+  if (gradients.are_on_gpu()) return cuda_engine::scale_(gradients, coefficient);
 #endif
   cpu_engine::scale_(gradients, coefficient.value);
 }
@@ -43,7 +43,7 @@ void scale_(const Gradients& gradients, const Number& coefficient) {
 void clamp_(const Gradients& gradients, double bound) {
   gradients.bump_versions();
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) return cuda_engine::clamp_(gradients, bound);
+  if (gradients.are_on_gpu()) return cuda_engine::clamp_(gradients, bound);
 #endif
   cpu_engine::clamp_(gradients, bound);
 }
@@ -55,7 +55,7 @@ std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Numb
   const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
   const Precision precision = precision_for(result_dtype);
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) {
+  if (gradients.are_on_gpu()) {
     return cuda_engine::clip_grad_norm_(gradients, max_norm, norm, precision, error_if_nonfinite,
                                         result_dtype);
   }
@@ -74,7 +74,7 @@ std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm,
   const at::ScalarType result_dtype = dtype.value_or(gradients.norm_dtype());
   const Precision precision = precision_for(result_dtype);
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) {
+  if (gradients.are_on_gpu()) {
     return cuda_engine::get_total_norm(gradients, norm, precision, error_if_nonfinite,
                                        result_dtype);
   }
@@ -89,7 +89,7 @@ void clip_grads_with_norm_(const Gradients& gradients, const Number& max_norm,
   RECORD_FUNCTION("gradclip_ext::clip_grads_with_norm_", {});
   gradients.bump_versions();
 #if GRADCLIP_WITH_CUDA
-  if (gradients.device().is_cuda()) {
+  if (gradients.are_on_gpu()) {
     return cuda_engine::clip_grads_with_norm_(gradients, max_norm, total_norm);
   }
 #endif

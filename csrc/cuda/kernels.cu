@@ -1,8 +1,8 @@
 // The kernels and how they are launched.
 #include <algorithm>
-#include <array>
 #include <map>
 #include <mutex>
+#include <type_traits>
 
 #include "cuda/bodies.cuh"
 #include "cuda/launch.h"
@@ -11,6 +11,9 @@ namespace gradclip::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// What the compiler chooses registers for: 40. Left alone it aims at 8 blocks and 32 registers, and
+// asks for the fourth vector of a run only when the first is used up.
+constexpr int kResidentBlocks = 6;
 // More, where one block is all there is.
 constexpr int kThreadsOfOneBlock = 512;
 
@@ -25,35 +28,34 @@ constexpr int64_t kOneBlockBytes = 512 * 1024;
 // them from the constant bank to the stack.
 
 template <Norm kNorm, bool kPerTensor, class AnyTable>
-__global__ void __launch_bounds__(kThreads)
-    power_sums_kernel(const GRADCLIP_GRID_CONSTANT AnyTable table, bool exact, double* partials,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    power_sums_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, bool exact, double* partials,
                       double* slots) {
   power_sums_body<kNorm, kPerTensor, kThreads>(table, exact, partials, slots);
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads)
-    scale_kernel(const GRADCLIP_GRID_CONSTANT AnyTable table,
-                 const GRADCLIP_GRID_CONSTANT Clip clip) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    scale_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, GRADCLIP_GRID_CONSTANT(Clip) clip) {
   scale_body<kThreads>(table, clip);
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads)
-    clamp_kernel(const GRADCLIP_GRID_CONSTANT AnyTable table, double bound) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    clamp_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, double bound) {
   clamp_body<kThreads>(table, bound);
 }
 
 template <Norm kNorm, class AnyTable>
 __global__ void __launch_bounds__(kThreadsOfOneBlock)
-    clip_in_one_block_kernel(const GRADCLIP_GRID_CONSTANT AnyTable table, bool exact,
-                             const GRADCLIP_GRID_CONSTANT Clip clip) {
+    clip_in_one_block_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, bool exact,
+                             GRADCLIP_GRID_CONSTANT(Clip) clip) {
   clip_in_one_block_body<kNorm, kThreadsOfOneBlock>(table, exact, clip);
 }
 
 template <Norm kNorm, class AnyTable>
 __global__ void __launch_bounds__(kThreads)
-    tensor_norms_kernel(const GRADCLIP_GRID_CONSTANT AnyTable table, const double* slots,
+    tensor_norms_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, const double* slots,
                         double* norms) {
   tensor_norms_body<kNorm, kThreads>(table, slots, norms);
 }
@@ -107,27 +109,6 @@ cudaError_t facts_of_current_device(Facts* facts) {
   }
   *facts = found->second;
   return cudaSuccess;
-}
-
-// By address of the arguments, as <<<>>> would copy each table once more.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                   bool early, const Arguments&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each parameter");
-  static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...),
-                "arguments are passed by address, so their types have to be the parameters'");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  std::array<void*, sizeof...(Arguments)> addresses = {
-      const_cast<void*>(static_cast<const void*>(&arguments))...};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses.data());
 }
 
 }  // namespace
@@ -241,15 +222,16 @@ cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double*
       constexpr Norm kNorm = decltype(constant)::value;
       const auto kernel = slots == nullptr ? &power_sums_kernel<kNorm, false, AnyTable>
                                            : &power_sums_kernel<kNorm, true, AnyTable>;
-      return launch(kernel, table.workers, kThreads, stream, false, table, exact, partials, slots);
+      return launch_kernel(kernel, table.workers, kThreads, stream, false, table, exact, partials,
+                           slots);
     });
   });
 }
 
 cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream) {
-  return launch(&finish_kernel, 1, kThreads, stream, false, norm, partials, static_cast<int>(count),
-                power_sum, norm_dtype, norm_result);
+  return launch_kernel(&finish_kernel, 1, kThreads, stream, false, norm, partials,
+                       static_cast<int>(count), power_sum, norm_dtype, norm_result);
 }
 
 cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, double* norms,
@@ -259,8 +241,8 @@ cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, doubl
     return Launcher::for_tables(plan, [&](const auto& table) {
       using AnyTable = std::decay_t<decltype(table)>;
       const int64_t blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
-      return launch(&tensor_norms_kernel<decltype(constant)::value, AnyTable>, blocks, kThreads,
-                    stream, false, table, slots, norms);
+      return launch_kernel(&tensor_norms_kernel<decltype(constant)::value, AnyTable>, blocks,
+                           kThreads, stream, false, table, slots, norms);
     });
   });
 }
@@ -275,15 +257,16 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
     // The second of several follows a kernel that writes, so it waits as usual.
     const bool start_early = early && first && facts.can_start_early;
     first = false;
-    return launch(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early, table,
-                  clip);
+    return launch_kernel(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early,
+                         table, clip);
   });
 }
 
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream) {
   return Launcher::for_tables(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
-    return launch(&clamp_kernel<AnyTable>, table.workers, kThreads, stream, false, table, bound);
+    return launch_kernel(&clamp_kernel<AnyTable>, table.workers, kThreads, stream, false, table,
+                         bound);
   });
 }
 
@@ -295,8 +278,8 @@ cudaError_t clip_in_one_block(const Plan& plan, Precision precision, const Clip&
       using AnyTable = std::decay_t<decltype(whole)>;
       AnyTable table = whole;
       table.workers = 1;
-      return launch(&clip_in_one_block_kernel<decltype(constant)::value, AnyTable>, 1,
-                    kThreadsOfOneBlock, stream, false, table, exact, clip);
+      return launch_kernel(&clip_in_one_block_kernel<decltype(constant)::value, AnyTable>, 1,
+                           kThreadsOfOneBlock, stream, false, table, exact, clip);
     });
   });
 }

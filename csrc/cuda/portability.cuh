@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(GRADCLIP_EMULATION)
 #include "emulation.h"
@@ -17,10 +18,13 @@
 #include <cuda_runtime.h>
 #endif
 
-#if defined(__HIPCC__)
-#define GRADCLIP_GRID_CONSTANT
+// A parameter of a kernel that is large and only read. By value, but never copied to the stack.
+#if defined(GRADCLIP_EMULATION)
+#define GRADCLIP_GRID_CONSTANT(Type) const Type&
+#elif defined(__HIPCC__)
+#define GRADCLIP_GRID_CONSTANT(Type) const Type
 #else
-#define GRADCLIP_GRID_CONSTANT __grid_constant__
+#define GRADCLIP_GRID_CONSTANT(Type) const __grid_constant__ Type
 #endif
 
 namespace gradclip::cuda {
@@ -80,6 +84,33 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
   uint32_t word;
   memcpy(&word, &pair, sizeof word);
   return word;
+}
+
+// Queues a kernel on a stream of the current device. With `early` it may start before the kernel in
+// front of it has ended. By address of the arguments, as <<<>>> would copy each table once more.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                          cudaStream_t stream, bool early, const Arguments&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each parameter");
+  static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...),
+                "arguments are passed by address, so their types have to be the parameters'");
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+#if defined(__HIPCC__)
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                          dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                          addresses, 0, stream);
+#else
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
+#endif
 }
 
 #endif
