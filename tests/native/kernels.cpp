@@ -1,0 +1,57 @@
+#include "kernels.h"
+
+#include <type_traits>
+
+#include "cuda/bodies.cuh"
+
+namespace gradclip::cuda {
+
+static_assert(emulation::kWarpThreads == kWarpThreads);
+
+// Calls work with the norm as a constant.
+template <class Work>
+static void with_norm(Norm norm, const Work& work) {
+  switch (norm) {
+    case Norm::kL1:
+      return work(std::integral_constant<Norm, Norm::kL1>());
+    case Norm::kL2:
+      return work(std::integral_constant<Norm, Norm::kL2>());
+    case Norm::kInf:
+      return work(std::integral_constant<Norm, Norm::kInf>());
+  }
+}
+
+void power_sums_thread(const SmallTable& table, Norm norm, bool exact, double* partials,
+                       double* slots) {
+  with_norm(norm, [&](auto constant) {
+    constexpr Norm kNorm = decltype(constant)::value;
+    if (slots == nullptr) {
+      power_sums_body<kNorm, false, kThreads>(table, exact, partials, slots);
+    } else {
+      power_sums_body<kNorm, true, kThreads>(table, exact, partials, slots);
+    }
+  });
+}
+
+void scale_thread(const SmallTable& table, const Clip& clip) { scale_body<kThreads>(table, clip); }
+
+void clamp_thread(const SmallTable& table, double bound) { clamp_body<kThreads>(table, bound); }
+
+void clip_in_one_block_thread(const SmallTable& table, bool exact, const Clip& clip) {
+  with_norm(clip.norm, [&](auto constant) {
+    clip_in_one_block_body<decltype(constant)::value, kThreads>(table, exact, clip);
+  });
+}
+
+void finish_thread(Norm norm, const double* partials, int count, double* power_sum,
+                   DType norm_dtype, void* norm_result) {
+  finish_body<kThreads>(norm, partials, count, power_sum, norm_dtype, norm_result);
+}
+
+void tensor_norms_thread(const SmallTable& table, Norm norm, const double* slots, double* norms) {
+  with_norm(norm, [&](auto constant) {
+    tensor_norms_body<decltype(constant)::value, kThreads>(table, slots, norms);
+  });
+}
+
+}  // namespace gradclip::cuda
