@@ -98,9 +98,7 @@ class TestFindToolkit:
         if exists:
             home.mkdir()
         monkeypatch.setenv("CUDA_HOME", str(home))
-        assert find_cuda.find_toolkit()[1] == (
-            f"no CUDA toolkit was found: {home} has no bin/nvcc"
-        )
+        assert find_cuda.find_toolkit()[1] == (f"no CUDA toolkit was found: {home} has no bin/nvcc")
 
     def test_nvcc_that_cannot_be_run(self, machine, monkeypatch):
         home = write_toolkit(machine / "named")
