@@ -4,6 +4,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 STEPS ?=
+# The second environment, for builds with the CUDA engine.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+CUDA_ARCHITECTURES ?= 8.0;9.0;10.0+PTX
 
 BIN := $(VENV)/bin
 # Empty files whose time tells when a step was last done.
@@ -11,10 +15,26 @@ ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 CXX_SOURCES := $(shell find csrc -type f)
 CXX_TESTS := $(wildcard tests/native/*)
+PACKAGE := $(wildcard gradclip_ext/*.py gradclip_ext/*.pyi)
+CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
+CUDA_ENVIRONMENT := $(CUDA_VENV)/.environment
+CUDA_BUILT := $(CUDA_VENV)/.built
+# Holds no folder named gradclip_ext, which Python would import in place of the installed package.
+CUDA_FOLDER := build/cuda
+# These say nothing of the build that they run on, or compile csrc by themselves.
+NOT_OF_THE_BUILD := bench build_support check_kernels cuda_kernels demo emulated_engine layering \
+  native_engine
+define BE_SURE_OF_CUDA_BUILD
+import gradclip_ext, sys
+from gradclip_ext import _built_with
+assert gradclip_ext.__file__.startswith(sys.prefix), gradclip_ext.__file__
+assert _built_with.CUDA is not None, _built_with.ENGINES
+endef
+export BE_SURE_OF_CUDA_BUILD
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test bench lint types stubs clean FORCE
+.PHONY: help venv build demo test bench cuda kernels lint types stubs clean FORCE
 
 help:  ## Show this list.
 	@echo 'usage: make TARGET [PYTHON=$(PYTHON)] [TORCH=$(TORCH)] [VENV=$(VENV)] [STEPS=n]'
@@ -34,6 +54,15 @@ bench: $(BUILT)  ## Time clipping beside torch's; numbers and plots go to build/
 	$(BIN)/python bench/bench_clip.py --output build/bench/clip.json
 	$(BIN)/python bench/plot.py build/bench/clip.json
 
+cuda: $(CUDA_BUILT)  ## Build with the CUDA engine, in CUDA_VENV, and test that build on the CPU.
+	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -c "$$BE_SURE_OF_CUDA_BUILD"
+	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m gradclip_ext
+	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m pytest -q -m 'not install' \
+	  $(NOT_OF_THE_BUILD:%=--ignore=$(CURDIR)/tests/test_%.py) $(CURDIR)/tests
+
+kernels: $(CUDA_ENVIRONMENT)  ## Check what nvcc makes of the CUDA kernels, for every architecture.
+	$(CUDA_PYTHON) tools/check_kernels.py
+
 lint: $(ENVIRONMENT)  ## Check style and formatting of Python and C++.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,7 +76,7 @@ stubs: $(BUILT)  ## Check gradclip_ext/_C.pyi against the compiled module.
 
 clean:  ## Remove what builds and tools wrote; the environment in $(VENV) stays.
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(BUILT) gradclip_ext/_built_with.py gradclip_ext/_C.*.so
+	rm -f $(BUILT) $(CUDA_BUILT) gradclip_ext/_built_with.py gradclip_ext/_C.*.so
 	find bench csrc examples gradclip_ext tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Written anew only when TORCH changes, so that another torch updates the environment.
@@ -55,17 +84,42 @@ $(VENV)/.torch: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-$(ENVIRONMENT): pyproject.toml $(VENV)/.torch
+$(CUDA_VENV)/.torch: FORCE
+	@mkdir -p $(CUDA_VENV)
+	@echo '$(CUDA_TORCH)' | cmp -s - $@ || echo '$(CUDA_TORCH)' > $@
+
+define CREATE_ENVIRONMENT
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo 'Python 3.10 or later is needed, $(PYTHON) is not.'; \
 	  echo 'Run: make $(MAKECMDGOALS) PYTHON=python3.x'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo '$(PYTHON) has no venv module. Debian, Ubuntu: apt install python3-venv'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D)
+endef
+
+$(ENVIRONMENT): pyproject.toml $(VENV)/.torch
+	$(CREATE_ENVIRONMENT)
 	$(BIN)/python -m pip install '$(TORCH)' 'setuptools>=70.1' ninja pybind11
 	$(BIN)/python -m pip install --no-build-isolation -e '.[test,demo,bench,lint]'
 	@touch $@
 
 $(BUILT): $(ENVIRONMENT) setup.py tools/build_support.py $(CXX_SOURCES)
 	$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+$(CUDA_ENVIRONMENT): $(CUDA_VENV)/.torch
+	$(PYTHON) tools/find_cuda.py
+	$(CREATE_ENVIRONMENT)
+	$(CUDA_PYTHON) -m pip install --quiet '$(CUDA_TORCH)' 'setuptools>=70.1' ninja pybind11 \
+	  pytest hypothesis numpy
+	@touch $@
+
+# Installed, not built in place, where the extension of the other environment lies.
+$(CUDA_BUILT): $(CUDA_ENVIRONMENT) setup.py pyproject.toml $(wildcard tools/*.py) $(CXX_SOURCES) \
+    $(PACKAGE)
+	@mkdir -p $(CUDA_FOLDER)
+	@printf '[build]\nbuild_base = $(CUDA_FOLDER)\n' > $(CUDA_FOLDER)/build.cfg
+	GRADCLIP_CUDA=1 TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' \
+	  DIST_EXTRA_CONFIG=$(CUDA_FOLDER)/build.cfg $(CUDA_PYTHON) -m pip install \
+	  --no-build-isolation --no-deps --no-index --force-reinstall .
 	@touch $@

@@ -1,5 +1,6 @@
 """Which engines setup.py builds, with which toolkit and for which cards; toolkits are made up."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,3 +333,11 @@ def test_facts_can_be_read():
     exec(source, facts)
     assert facts["CUDA"] == "13.0" and facts["CUDA_CODES"] == ("sm_80",)
     assert facts["TORCH_CUDA"] == "13.0" and facts["ENGINES"] == "CPU and CUDA"
+
+
+@pytest.mark.parametrize(
+    ("asked", "number"), [("3", 3), ("0", 1), ("", os.cpu_count()), ("many", os.cpu_count())]
+)
+def test_jobs(monkeypatch, asked, number):
+    monkeypatch.setenv("MAX_JOBS", asked)
+    assert find_cuda.jobs() == number

@@ -134,6 +134,19 @@ class TestNorm:
         ]
 
 
+def test_loop_that_rounds_to_bfloat16_without_an_instruction():
+    code = [TABLE, "ACQBULK", *LOOP * 3]
+    assert problems(SCALE, code, architecture="sm_75") == []
+    assert problems(SCALE, code, architecture="sm_80") == ["3 loops with 4 loads in flight, not 4"]
+
+
+def test_unknown_kernel():
+    name = NORM.replace("17power_sums_kernel", "10new_kernel")
+    assert problems(name, TestNorm.CODE) == [
+        "nothing is known of it: add new_kernel to LOOPS in check_kernels.py"
+    ]
+
+
 class TestWait:
     RESULT = "LDG.E.64.STRONG.GPU R6, desc[UR16][R6.64]"
     CODE = ("LDC R1, c[0x0][0x28]", "ACQBULK", RESULT, "EXIT")

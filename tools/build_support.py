@@ -18,7 +18,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-from find_cuda import Toolkit, architecture_list, find_toolkit
+from find_cuda import Toolkit, architecture_list, find_toolkit, jobs
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
@@ -254,7 +254,7 @@ def prepare_for_cuda(
     headers = [folder for folder in settings.include_dirs if Path(folder) != toolkit.include]
     if toolkit.include != Path("/usr/include"):
         headers.append(str(toolkit.include))
-    threads = min(len(options), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    threads = min(len(options), jobs())
     extension.extra_compile_args = {
         "cxx": extension.extra_compile_args + _as_system_headers(headers),
         # The architectures are named here, since torch would name none if it found the letters

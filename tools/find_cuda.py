@@ -84,6 +84,12 @@ def architecture_list(torch_flags: str, codes: Iterable[str]) -> str:
     return ";".join(f"{n // 10}.{n % 10}" for n in kept) + "+PTX"
 
 
+def jobs() -> int:
+    """Returns how many compilers may run at once; what is no number is passed over, as by torch."""
+    asked = os.environ.get("MAX_JOBS", "")
+    return max(int(asked), 1) if asked.isdigit() else os.cpu_count() or 1
+
+
 def _places(guess: str | None) -> list[Path]:
     """Returns the folders to look at, the most telling first."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
