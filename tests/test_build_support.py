@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("setuptools")
 from setuptools.errors import SetupError
@@ -278,6 +279,13 @@ class TestArchitectures:
             self.flags(machine, torch_with("13.0"))
         assert str(caught.value).startswith("no architectures to compile for: ")
         assert f"TORCH_CUDA_ARCH_LIST is {asked!r}; set it to what you have" in str(caught.value)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+    def test_native_without_a_card(self, machine, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+        with pytest.raises(SetupError) as caught:
+            self.flags(machine, torch_with("13.0"))
+        assert "no architectures to compile for: torch sees no card here.\n" in str(caught.value)
 
     def test_unknown_to_nvcc(self, machine, monkeypatch):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;9.0a;9.0+PTX")

@@ -142,9 +142,10 @@ def architecture_flags(torch: ModuleType, toolkit: Toolkit, cpp_extension: Modul
             os.environ["TORCH_CUDA_ARCH_LIST"] = architecture_list(flags, codes)
         options: list[str] = cpp_extension._get_cuda_arch_flags()
     except (ValueError, IndexError) as error:
-        # IndexError is what `native` gives without a card.
+        # What `native` ends with where torch sees no card.
+        reason = "torch sees no card here" if isinstance(error, IndexError) else error
         raise SetupError(
-            f"no architectures to compile for: {error}.\n"
+            f"no architectures to compile for: {reason}.\n"
             f"TORCH_CUDA_ARCH_LIST is {os.environ.get('TORCH_CUDA_ARCH_LIST', '')!r}; set it to "
             "what you have, such as TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
         ) from error
