@@ -193,8 +193,8 @@ class Block {
     }
     while (!warps.empty()) {
       const size_t chosen = chooser_.next(warps.size());
-      if (!run_warp(warps[chosen]))
-        warps.erase(warps.begin() + static_cast<std::ptrdiff_t>(chosen));
+      if (run_warp(warps[chosen])) continue;
+      warps.erase(warps.begin() + static_cast<std::ptrdiff_t>(chosen));
     }
     if (all_are(State::kBarrier)) {
       for (Fiber& fiber : fibers_) fiber.state = State::kRunnable;
@@ -214,8 +214,8 @@ class Block {
     chooser_.visit_all(std::move(runnable), [this](int i) { resume(i); });
     Fiber* lanes = &fibers_[static_cast<size_t>(warp * kWarpThreads)];
     for (int lane = 0; lane < kWarpThreads; ++lane) {
-      if (lanes[lane].state != State::kShuffle || lanes[lane].offset != lanes[0].offset)
-        return false;
+      if (lanes[lane].state != State::kShuffle) return false;
+      if (lanes[lane].offset != lanes[0].offset) return false;
     }
     for (int lane = 0; lane < kWarpThreads; ++lane) {
       const int source = lane + lanes[0].offset;

@@ -556,7 +556,8 @@ void test_sizes() {
                                   tile + 1,  2 * tile - 1, 3 * tile + 1, 5 * tile + 3};
     if (quick) sizes = {vector - 1, 33, group + 1, tile + 1, 3 * tile + 1};
     for (const int64_t numel : sizes) {
-      for (const int64_t offset : {int64_t{0}, int64_t{1}, vector - 1}) {
+      for (const int64_t offset : {int64_t{1}, int64_t{0}, vector - 1}) {
+        if (quick && offset != 1) continue;
         const List list = {{numel, dtype, offset}};
         subject = name_of(list);
         for (const Norm norm : kNorms) {
@@ -643,6 +644,7 @@ void test_magnitudes() {
       subject = name_of(list) + "values " + std::to_string(v);
       for (const Norm norm : kNorms) {
         for (const bool exact : {false, true}) {
+          if (quick && exact) continue;
           clipped({list, all[v], norm, exact, 3}, kSchedules[v % std::size(kSchedules)]);
         }
       }
