@@ -1,0 +1,85 @@
+// What the launchers and the binding ask of CUDA's runtime, answered for the emulation: one device,
+// whose memory is the CPU's, and a stream on which every kernel has ended before the launch
+// returns.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <type_traits>
+
+#include "grid.h"
+
+#define __global__
+#define __launch_bounds__(...)
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
+namespace gradclip::emulation {
+
+// Says at the end of the program how many there were, if asked to.
+class LaunchCounter {
+ public:
+  ~LaunchCounter() {
+    if (std::getenv("GRADCLIP_COUNT_LAUNCHES") == nullptr) return;
+    std::fprintf(stderr, "%d kernels launched\n", count_);
+  }
+
+  void count() { ++count_; }
+
+ private:
+  int count_ = 0;
+};
+
+inline LaunchCounter launch_counter;
+
+}  // namespace gradclip::emulation
+
+namespace gradclip::cuda {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,
+                          bool /*early*/, const Arguments&... arguments) {
+  static_assert((std::is_same_v<std::decay_t<Parameters>, Arguments> && ...),
+                "arguments are passed by address, so their types have to be the parameters'");
+  emulation::launch_counter.count();
+  emulation::Grid grid({static_cast<int>(blocks), threads}, emulation::Schedule(),
+                       [&] { kernel(arguments...); });
+  grid.run();
+  return cudaSuccess;
+}
+
+}  // namespace gradclip::cuda

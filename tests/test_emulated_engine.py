@@ -1,0 +1,118 @@
+"""The CUDA engine as a whole, from Python down to the kernels, in an emulation on the CPU.
+
+A second _C is built, in which binding, launchers and kernels are those of a CUDA build, and only
+CUDA itself is emulated (tests/native/emulation.h and emulated/): its device memory is the CPU's.
+There every tensor of the CPU takes the way of a CUDA tensor, so the suites that say nothing of a
+device run over the CUDA engine. This is not a test on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ON_EVERY_DEVICE
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "tests" / "native"
+
+
+@pytest.fixture(scope="module")
+def package_folder(tmp_path_factory):
+    """A folder with a package gradclip_ext whose _C is the emulated one."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("emulated")
+    package = folder / "gradclip_ext"
+    shutil.copytree(ROOT / "gradclip_ext", package, ignore=shutil.ignore_patterns("*.so"))
+    # Of torch's own headers: C++17 up to 2.11, C++20 later.
+    standard = 17 if [int(n) for n in torch.__version__.split(".")[:2]] < [2, 12] else 20
+    options = [f"-std=c++{standard}", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options += ["-DGRADCLIP_WITH_CUDA=1", "-DGRADCLIP_EMULATION=1"]
+    # Before torch's headers, some of which are replaced.
+    options += [f"-I{folder}" for folder in (NATIVE / "emulated", NATIVE, ROOT / "csrc")]
+    headers = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    options += [f"-isystem{folder}" for folder in headers]
+
+    def compiled(source: Path) -> str:
+        target = folder / f"{source.parent.name}_{source.name}.o"
+        subprocess.run([compiler, *options, "-x", "c++", "-c", source, "-o", target], check=True)
+        return str(target)
+
+    sources = [
+        *(ROOT / "csrc").glob("binding/*.cpp"),
+        *(ROOT / "csrc").glob("cpu/*.cpp"),
+        *(ROOT / "csrc").glob("cuda/*.cu"),
+        NATIVE / "grid.cpp",
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", target], check=True)
+    return folder
+
+
+def run(package_folder: Path, arguments: list[str], **environment: str):
+    """Runs Python where the emulated package is found first."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=package_folder,
+        env={**os.environ, "PYTHONPATH": str(package_folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("suite", sorted(ON_EVERY_DEVICE))
+def test_suite(suite, package_folder):
+    file = str(ROOT / "tests" / f"{suite}.py")
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not cpu_only"]
+    result = run(package_folder, ["-m", "pytest", *options, file])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 1
+
+
+SMALL, LARGE = "[torch.ones(100), torch.ones(7)]", "[torch.ones(1000, 1000), torch.ones(7)]"
+
+
+@pytest.mark.parametrize(
+    "call, launches",
+    [
+        (f"gradclip_ext.clip_grad_norm_(with_grads({SMALL}), 1.0)", 1),
+        (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE}), 1.0)", 2),
+        (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE}), 1e9)", 2),
+        (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE} * 2), 1.0)", 3),
+        ("gradclip_ext.clip_grad_norm_(with_grads([torch.ones(9)]), 1.0, 1.0)", 1),
+        (f"gradclip_ext.get_total_norm({LARGE})", 2),
+        (f"gradclip_ext.clip_grads_with_norm_(with_grads({LARGE}), 1.0, 5.0)", 1),
+        (f"gradclip_ext.clip_grad_value_(with_grads({LARGE}), 0.5)", 1),
+        ("gradclip_ext.get_total_norm([torch.ones(4) for _ in range(1601)])", 3),
+    ],
+)
+def test_launches_of_a_call(call, launches, package_folder):
+    code = f"""
+import torch, gradclip_ext
+def with_grads(gradients):
+    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    return parameters
+{call}
+"""
+    result = run(package_folder, ["-c", code], GRADCLIP_COUNT_LAUNCHES="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == f"{launches} kernels launched"
