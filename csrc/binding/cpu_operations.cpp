@@ -37,9 +37,33 @@ void write(const Gradients& gradients, const Work& work) {
   for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
 }
 
+std::vector<double> norms_of_tensors(const FlatIndex& index, Norm norm,
+                                     const std::vector<double>& slots) {
+  const int64_t workers = cpu::worker_count(index);
+  std::vector<double> norms;
+  norms.reserve(static_cast<size_t>(index.tensors()));
+  for (int64_t tensor = 0; tensor < index.tensors(); ++tensor) {
+    const int64_t behind =
+        tensor + 1 < index.tensors() ? index.first_tile(tensor + 1) : index.tiles();
+    PowerSum sum(norm);
+    const int64_t last = worker_of_tile(behind - 1, workers, index.tiles());
+    for (int64_t worker = worker_of_tile(index.first_tile(tensor), workers, index.tiles());
+         worker <= last; ++worker) {
+      sum.add(slots[static_cast<size_t>(slot_of(tensor, worker))]);
+    }
+    norms.push_back(finish(norm, sum.value()));
+  }
+  return norms;
+}
+
 }  // namespace
 
 double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
+  return power_sum(gradients, norm, precision, nullptr);
+}
+
+double power_sum(const Gradients& gradients, Norm norm, Precision precision,
+                 std::vector<double>* norms) {
   const FlatIndex index = gradients.index_for_reading();
   if (index.tensors() == 0) return 0.0;
   std::vector<double> slots(
@@ -49,7 +73,14 @@ double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
   });
   PowerSum total(norm);
   for (const double partial : slots) total.add(partial);
+  if (norms != nullptr) *norms = norms_of_tensors(index, norm, slots);
   return total.value();
+}
+
+void scale_each_(const Gradients& gradients, const std::vector<double>& coefficients) {
+  write(gradients, [&](const FlatIndex& index, Range workers) {
+    cpu::scale_each(index, coefficients.data(), workers);
+  });
 }
 
 void scale_(const Gradients& gradients, double coefficient) {

@@ -4,12 +4,21 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
+#include <vector>
+
 #include "binding/gradients.h"
 #include "core/norm.h"
 
 namespace gradclip::binding::cpu_engine {
 
 double power_sum(const Gradients& gradients, Norm norm, Precision precision);
+
+// The same, and the norm of each tensor that is not empty.
+double power_sum(const Gradients& gradients, Norm norm, Precision precision,
+                 std::vector<double>* norms);
+
+// With a coefficient for each tensor that is not empty; see the engine.
+void scale_each_(const Gradients& gradients, const std::vector<double>& coefficients);
 
 // A coefficient of exactly 1 writes nothing.
 void scale_(const Gradients& gradients, double coefficient);

@@ -44,10 +44,10 @@ class Queue {
 
   cudaStream_t stream() const { return stream_.stream(); }
 
-  // A 0-dim tensor, made without going through the dispatcher.
-  at::Tensor scalar(at::ScalarType dtype) const {
-    return at::Tensor(at::detail::empty_generic({}, allocator(),
-                                                c10::DispatchKeySet(kGpuKey), dtype,
+  // A tensor, made without going through the dispatcher; 0-dim without sizes.
+  at::Tensor empty(at::ScalarType dtype, at::IntArrayRef sizes = {}) const {
+    return at::Tensor(at::detail::empty_generic(sizes, allocator(), c10::DispatchKeySet(kGpuKey),
+                                                dtype,
                                                 /*memory_format_opt=*/std::nullopt));
   }
 
@@ -110,7 +110,7 @@ class Measurement {
 
   // The norm, once the GPU has found it: the host waits.
   double awaited_norm(const Queue& queue) const {
-    const at::Tensor sum = queue.scalar(at::kDouble);
+    const at::Tensor sum = queue.empty(at::kDouble);
     finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
     return gradclip::finish(norm_, sum.item().toDouble());
   }
@@ -156,11 +156,24 @@ cuda::Clip clip_by_given(const Number& given, bool is_coefficient, const Number&
   return clip;
 }
 
+// Where the tensors that are not empty stand among the parameters that were listed; undefined where
+// they are all of them.
+at::Tensor positions_on(const Queue& queue, const Gradients& gradients) {
+  const std::vector<int64_t> positions = gradients.positions();
+  const int64_t count = static_cast<int64_t>(positions.size());
+  if (count == gradients.listed()) return at::Tensor();
+  const at::Tensor on_host(at::detail::empty_cpu({count}, at::kLong));
+  std::copy(positions.begin(), positions.end(), on_host.mutable_data_ptr<int64_t>());
+  const at::Tensor result = queue.empty(at::kLong, {count});
+  result.copy_(on_host, /*non_blocking=*/true);
+  return result;
+}
+
 }  // namespace
 
 at::Tensor power_sum(const Gradients& gradients, Norm norm) {
   const Queue queue(gradients);
-  const at::Tensor sum = queue.scalar(at::kDouble);
+  const at::Tensor sum = queue.empty(at::kDouble);
   const Measurement measurement(queue, gradients, norm, Precision::kFloat64);
   measurement.finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
   return sum;
@@ -179,11 +192,45 @@ void clamp_(const Gradients& gradients, double bound) {
         [&](const cuda::Plan& plan) { return cuda::clamp(plan, bound, queue.stream()); });
 }
 
+Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
+  const Queue queue(gradients);
+  const FlatIndex index = gradients.index_for_reading();
+  const cuda::Plan plan = plan_of(index);
+  const at::Tensor total = queue.empty(at::kDouble);
+  const at::Tensor compact = queue.empty(at::kDouble, {index.tensors()});
+  const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan.partials(), 1));
+  const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan.slots(), 1));
+  double* partial = static_cast<double*>(partials.get());
+  double* slot = static_cast<double*>(slots.get());
+  check(cuda::power_sums(plan, norm, precision, partial, slot, queue.stream()));
+  check(cuda::finish(norm, partial, plan.partials(), nullptr, DType::kFloat64,
+                     total.mutable_data_ptr(), queue.stream()));
+  check(cuda::tensor_norms(plan, norm, slot, compact.mutable_data_ptr<double>(), queue.stream()));
+  const at::Tensor positions = positions_on(queue, gradients);
+  if (!positions.defined()) return {total, compact};
+  const at::Tensor each = queue.empty(at::kDouble, {gradients.listed()});
+  each.zero_();
+  each.index_copy_(0, positions, compact);
+  return {total, each};
+}
+
+bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients) {
+  const Queue queue(gradients);
+  const FlatIndex index = gradients.index_for_writing();
+  if (share_memory(index)) return false;
+  gradients.bump_versions();
+  const at::Tensor positions = positions_on(queue, gradients);
+  const at::Tensor compact =
+      positions.defined() ? coefficients.index_select(0, positions) : coefficients;
+  check(cuda::scale_each(plan_of(index), compact.const_data_ptr<double>(), queue.stream()));
+  return true;
+}
+
 std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,
                                           Norm norm, Precision precision, bool error_if_nonfinite,
                                           at::ScalarType result_dtype) {
   const Queue queue(gradients);
-  const at::Tensor result = queue.scalar(result_dtype);
+  const at::Tensor result = queue.empty(result_dtype);
   cuda::Clip clip = {};
   clip.norm = norm;
   clip.max_norm = scalar_of(max_norm);
@@ -213,7 +260,7 @@ std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Numb
 std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm, Precision precision,
                                          bool error_if_nonfinite, at::ScalarType result_dtype) {
   const Queue queue(gradients);
-  const at::Tensor result = queue.scalar(result_dtype);
+  const at::Tensor result = queue.empty(result_dtype);
   const Measurement measurement(queue, gradients, norm, precision);
   if (error_if_nonfinite && !std::isfinite(measurement.awaited_norm(queue))) return std::nullopt;
   measurement.finish(queue, nullptr, result);

@@ -21,6 +21,10 @@ void scale_(const Gradients& gradients, const Number& coefficient);
 
 void clamp_(const Gradients& gradients, double bound);
 
+Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision);
+
+bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients);
+
 std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,
                                           Norm norm, Precision precision, bool error_if_nonfinite,
                                           at::ScalarType result_dtype);

@@ -83,7 +83,10 @@ bool operations_are_unobserved() {
          !included.has(c10::DispatchKey::Tracer);
 }
 
-void Gradients::reserve(size_t count) { tensors_.reserve(count); }
+void Gradients::reserve(size_t count) {
+  tensors_.reserve(count);
+  positions_.reserve(count);
+}
 
 void Gradients::add(const at::Tensor& tensor) {
   // What accept will look at. With a few hundred gradients none of it is in the cache, and asked
@@ -96,6 +99,16 @@ void Gradients::add(const at::Tensor& tensor) {
     __builtin_prefetch(reinterpret_cast<const char*>(storage) + 64);
   }
   tensors_.push_back(tensor);
+  positions_.push_back(listed_++);
+}
+
+std::vector<int64_t> Gradients::positions() const {
+  std::vector<int64_t> result;
+  result.reserve(positions_.size());
+  for (size_t i = 0; i < positions_.size(); ++i) {
+    if (spans_[i].numel > 0) result.push_back(positions_[i]);
+  }
+  return result;
 }
 
 bool Gradients::accept() {

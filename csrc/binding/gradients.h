@@ -48,11 +48,19 @@ class Gradients {
 
   void add(const at::Tensor& tensor);
 
+  // Stands for a parameter that has no gradient.
+  void skip() { ++listed_; }
+
   // To be called once, after the last one was added. False when any of the tensors has to take the
   // way through torch's operations, or when they lie on several devices.
   bool accept();
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
+
+  // How many were added or skipped, and which of these each tensor that is not empty was: empty
+  // ones are none of the index's tensors.
+  int64_t listed() const { return listed_; }
+  std::vector<int64_t> positions() const;
 
   // Where all of them lie; for a list that is not empty.
   c10::Device device() const { return tensors_.front().device(); }
@@ -73,6 +81,8 @@ class Gradients {
  private:
   bool accept_complex_;
   std::vector<at::Tensor> tensors_;
+  std::vector<int64_t> positions_;
+  int64_t listed_ = 0;
   std::vector<Span> spans_;
   at::ScalarType norm_dtype_ = at::ScalarType::Undefined;
 };

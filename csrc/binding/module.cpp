@@ -1,4 +1,4 @@
-// The functions that Python calls, and their table. The first four return None (or False) instead
+// The functions that Python calls, and their table. The first six return None (or False) instead
 // of a result to say "not for the native way; nothing was changed", and gradclip_ext/_general.py
 // takes over.
 #include <pybind11/pybind11.h>
@@ -105,6 +105,31 @@ bool py_clip_grad_value_(py::handle parameters, double clip_value) {
   return true;
 }
 
+py::object py_grad_norms(py::handle parameters, double norm_type, bool in_float64) {
+  const std::optional<Norm> norm = native_norm(norm_type);
+  Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
+  if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  Norms norms;
+  {
+    py::gil_scoped_release release;
+    norms = grad_norms(gradients, *norm, in_float64 ? Precision::kFloat64 : Precision::kFloat32);
+  }
+  return py::make_tuple(py::reinterpret_steal<py::object>(wrap(norms.total)),
+                        py::reinterpret_steal<py::object>(wrap(norms.each)));
+}
+
+bool py_scale_each_(py::handle parameters, py::handle coefficients) {
+  Gradients gradients(/*accept_complex=*/true);
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  const at::Tensor values = unpack(coefficients.ptr());
+  const bool fits = values.defined() && is_native(values) && values.is_contiguous() &&
+                    values.scalar_type() == at::kDouble && values.dim() == 1 &&
+                    values.numel() == gradients.listed() && values.device() == gradients.device();
+  if (!fits) return false;
+  py::gil_scoped_release release;
+  return scale_each_(gradients, values);
+}
+
 // The primitives ask for native, flat tensors of one device; the general way sorts them out
 // beforehand.
 Gradients require_native(py::handle tensors) {
@@ -163,6 +188,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grads_with_norm_", &py_clip_grads_with_norm_, arg("parameters"), arg("max_norm"),
         arg("total_norm"));
   m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
+  m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("in_float64"));
+  m.def("scale_each_", &py_scale_each_, arg("parameters"), arg("coefficients"));
   m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));
   m.def("scale_", &py_scale_, arg("tensors"), arg("coefficient"));
   m.def("clamp_", &py_clamp_, arg("tensors"), arg("bound"));

@@ -1,8 +1,11 @@
 #include "binding/operations.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "binding/cpu_operations.h"
 #if GRADCLIP_WITH_CUDA
@@ -46,6 +49,35 @@ void clamp_(const Gradients& gradients, double bound) {
   if (gradients.are_on_gpu()) return cuda_engine::clamp_(gradients, bound);
 #endif
   cpu_engine::clamp_(gradients, bound);
+}
+
+Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
+  RECORD_FUNCTION("gradclip_ext::grad_norms", {});
+#if GRADCLIP_WITH_CUDA
+  if (gradients.are_on_gpu()) return cuda_engine::grad_norms(gradients, norm, precision);
+#endif
+  std::vector<double> norms;
+  const double sum = cpu_engine::power_sum(gradients, norm, precision, &norms);
+  const at::Tensor each(at::detail::empty_cpu({gradients.listed()}, at::kDouble));
+  double* values = each.mutable_data_ptr<double>();
+  std::fill_n(values, gradients.listed(), 0.0);
+  const std::vector<int64_t> positions = gradients.positions();
+  for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
+  return {cpu_engine::scalar_tensor(finish(norm, sum), at::kDouble), each};
+}
+
+bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients) {
+  RECORD_FUNCTION("gradclip_ext::scale_each_", {});
+#if GRADCLIP_WITH_CUDA
+  if (gradients.are_on_gpu()) return cuda_engine::scale_each_(gradients, coefficients);
+#endif
+  gradients.bump_versions();
+  std::vector<double> values;
+  for (const int64_t position : gradients.positions()) {
+    values.push_back(coefficients.const_data_ptr<double>()[position]);
+  }
+  cpu_engine::scale_each_(gradients, values);
+  return true;
 }
 
 std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Number& max_norm,

@@ -35,6 +35,20 @@ void scale_(const Gradients& gradients, const Number& coefficient);
 // Limits every element to [-bound, bound] in place.
 void clamp_(const Gradients& gradients, double bound);
 
+// The norm of all gradients together and of each, in float64, where the gradients lie. The second
+// has an entry for each parameter that was listed, 0 where it has no gradient. `precision` is what
+// they have to be good for.
+struct Norms {
+  at::Tensor total;
+  at::Tensor each;
+};
+Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision);
+
+// Multiplies each gradient by the coefficient at the place of its parameter, of a 1-D tensor in
+// float64 that lies where the gradients do: 1 writes nothing, 0 clears, also NaN and infinity.
+// False, with nothing written, where gradients on a GPU share memory.
+bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients);
+
 // The four functions of torch.nn.utils. The ones that return an optional give nullopt, with
 // nothing written, when the norm is not finite and the caller wants that to be an error.
 // `dtype` overrides the dtype of the result.

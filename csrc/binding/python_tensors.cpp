@@ -29,7 +29,10 @@ class Reference {
 bool add_grad_attribute(PyObject* parameter, Gradients* gradients) {
   const Reference grad(PyObject_GetAttrString(parameter, "grad"));
   if (grad.get() == nullptr) throw pybind11::error_already_set();
-  if (grad.get() == Py_None) return true;
+  if (grad.get() == Py_None) {
+    gradients->skip();
+    return true;
+  }
   if (!THPVariable_Check(grad.get())) return false;
   gradients->add(THPVariable_Unpack(grad.get()));
   return true;
@@ -43,7 +46,11 @@ bool add(PyObject* item, Read read, Gradients* gradients) {
   const at::Tensor& tensor = THPVariable_Unpack(item);
   const at::Tensor& read_tensor =
       read == Read::kGrads ? tensor.unsafeGetTensorImpl()->grad() : tensor;
-  if (!read_tensor.defined()) return tensor.is_leaf() || add_grad_attribute(item, gradients);
+  if (!read_tensor.defined()) {
+    if (!tensor.is_leaf()) return add_grad_attribute(item, gradients);
+    gradients->skip();
+    return true;
+  }
   gradients->add(read_tensor);
   return true;
 }

@@ -48,6 +48,12 @@ GRADCLIP_HOST_DEVICE constexpr int64_t slot_count(int64_t tensors, int64_t worke
   return tensors + workers - 1;
 }
 
+// The worker that owns a tile.
+GRADCLIP_HOST_DEVICE constexpr int64_t worker_of_tile(int64_t tile, int64_t workers,
+                                                      int64_t tiles) {
+  return ((tile + 1) * workers - 1) / tiles;
+}
+
 // The tensor that holds `tile`; `first_tile` holds the first tile of each tensor, ascending.
 template <class Integer>
 GRADCLIP_HOST_DEVICE constexpr int64_t find_tensor(const Integer* first_tile, int64_t tensors,

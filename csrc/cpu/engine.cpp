@@ -1,6 +1,7 @@
 #include "cpu/engine.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/kernels.h"
 
@@ -53,6 +54,19 @@ void scale(const FlatIndex& index, double coefficient, Range workers) noexcept {
   const Kernels& kernel = kernels();
   walk_backward(index, tiles_of_workers(index, workers),
                 [&](int64_t, const Span& run) { kernel.scale(run, coefficient); });
+}
+
+void scale_each(const FlatIndex& index, const double* coefficients, Range workers) noexcept {
+  const Kernels& kernel = kernels();
+  walk_backward(index, tiles_of_workers(index, workers), [&](int64_t tensor, const Span& run) {
+    const double coefficient = coefficients[tensor];
+    if (coefficient == 1.0) return;
+    if (coefficient == 0.0) {
+      std::memset(run.data, 0, static_cast<size_t>(run.numel * element_size(run.dtype)));
+      return;
+    }
+    kernel.scale(run, coefficient);
+  });
 }
 
 void clamp(const FlatIndex& index, double bound, Range workers) noexcept {

@@ -21,6 +21,10 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range wo
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
 
+// Each tensor by a coefficient of its own, of which 1 writes nothing and 0 clears, also what is not
+// finite.
+void scale_each(const FlatIndex& index, const double* coefficients, Range workers) noexcept;
+
 void clamp(const FlatIndex& index, double bound, Range workers) noexcept;
 
 }  // namespace gradclip::cpu

@@ -173,21 +173,27 @@ __device__ __forceinline__ double shared_coefficient(const Clip& clip, double no
   return coefficient;
 }
 
+template <int kThreads>
+__device__ __forceinline__ void scale_segment(char* data, int64_t numel, DType dtype,
+                                              double coefficient) {
+  constexpr double kSmallestFloatCoefficient = 0x1p-100;
+  const bool in_double = fabs(coefficient) < kSmallestFloatCoefficient;
+  const Multiply multiply = {static_cast<float>(coefficient), coefficient};
+  with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
+    if (in_double) return multiply_in_double(segment, coefficient);
+    transform(segment, multiply);
+  });
+}
+
 // Multiplies the worker's tiles, from the back, so that what was measured last, and is still in the
 // L2 cache, is written first. A coefficient of exactly 1 writes nothing; NaN has to be written.
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void scale_worker(const AnyTable& table, int worker,
                                              double coefficient) {
   if (coefficient == 1.0) return;
-  constexpr double kSmallestFloatCoefficient = 0x1p-100;
-  const bool in_double = fabs(coefficient) < kSmallestFloatCoefficient;
-  const Multiply multiply = {static_cast<float>(coefficient), coefficient};
   const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
   for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
-    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
-      if (in_double) return multiply_in_double(segment, coefficient);
-      transform(segment, multiply);
-    });
+    scale_segment<kThreads>(data, numel, dtype, coefficient);
   });
 }
 
@@ -208,6 +214,20 @@ __device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& cl
     norm = number_of(clip.given_norm);
   }
   scale_worker<kThreads>(table, worker_from_the_back(table), shared_coefficient(clip, norm));
+}
+
+// Each tensor by a coefficient of its own, of which 1 writes nothing and 0 clears, also what is not
+// finite.
+template <int kThreads, class AnyTable>
+__device__ __forceinline__ void scale_each_body(const AnyTable& table, const double* coefficients) {
+  const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
+  for_segments<false>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
+    const double coefficient = coefficients[table.first_tensor + tensor];
+    if (coefficient == 1.0) return;
+    if (coefficient != 0.0) return scale_segment<kThreads>(data, numel, dtype, coefficient);
+    with_dtype<kThreads>(data, numel, dtype,
+                         [&](const auto& segment) { transform(segment, Clear()); });
+  });
 }
 
 template <int kThreads, class AnyTable>
@@ -238,11 +258,6 @@ __device__ __forceinline__ void finish_body(Norm norm, const double* partials, i
   if (threadIdx.x != 0) return;
   if (power_sum != nullptr) *power_sum = sum;
   if (norm_result != nullptr) write_norm(finish(norm, sum), norm_dtype, norm_result);
-}
-
-// The worker that owns a tile; see tiles_of_worker.
-__device__ __forceinline__ int64_t worker_of_tile(int64_t tile, int64_t workers, int64_t tiles) {
-  return ((tile + 1) * workers - 1) / tiles;
 }
 
 // The norm of each tensor from the slots of measured_worker, a warp for each.

@@ -42,6 +42,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    scale_each_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, const double* coefficients) {
+  scale_each_body<kThreads>(table, coefficients);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     clamp_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, double bound) {
   clamp_body<kThreads>(table, bound);
 }
@@ -259,6 +265,14 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
     first = false;
     return launch_kernel(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early,
                          table, clip);
+  });
+}
+
+cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream) {
+  return Launcher::for_tables(plan, [&](const auto& table) {
+    using AnyTable = std::decay_t<decltype(table)>;
+    return launch_kernel(&scale_each_kernel<AnyTable>, table.workers, kThreads, stream, false,
+                         table, coefficients);
   });
 }
 

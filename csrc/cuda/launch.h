@@ -62,6 +62,9 @@ cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, doubl
 // the one before it, which has to be a power_sums of this call, is still running.
 cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t stream);
 
+// Multiplies each tensor by a coefficient of its own; one of 0 clears NaN and infinity, too.
+cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream);
+
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream);
 
 // power_sums and scale in one launch, for a list that fits_one_block.

@@ -191,6 +191,13 @@ struct Multiply {
   __device__ __forceinline__ double operator()(double number) const { return number * wide_factor; }
 };
 
+struct Clear {
+  template <class Number>
+  __device__ __forceinline__ Number operator()(Number) const {
+    return Number{0};
+  }
+};
+
 // Limits to [-bound, bound]. No comparison holds for NaN, which is kept.
 struct Limit {
   float bound;
