@@ -27,7 +27,7 @@ BUILDS = {
     "c++20": (["-std=c++20", "-O1"], 32),
     "address and undefined behavior sanitizers": (
         ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-        128,
+        64,
     ),
 }
 # Of the tests for mutants, and of the mutants, which are compiled in no time and fail early.
@@ -189,6 +189,14 @@ MUTANTS = {
     "coefficient of 1 multiplied with": (
         "cuda/bodies.cuh",
         {f"{SCALE_WORKER}if (coefficient == 1.0) return;": SCALE_WORKER},
+    ),
+    "infinity multiplied with 0 where it should be cleared": (
+        "cuda/bodies.cuh",
+        {"if (coefficient != 0.0) return": "if (true) return"},
+    ),
+    "coefficients of a second launch taken from the first": (
+        "cuda/bodies.cuh",
+        {"coefficients[table.first_tensor + tensor]": "coefficients[tensor]"},
     ),
     "tiny coefficient in float32": (
         "cuda/bodies.cuh",

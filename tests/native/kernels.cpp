@@ -35,6 +35,10 @@ void power_sums_thread(const SmallTable& table, Norm norm, bool exact, double* p
 
 void scale_thread(const SmallTable& table, const Clip& clip) { scale_body<kThreads>(table, clip); }
 
+void scale_each_thread(const SmallTable& table, const double* coefficients) {
+  scale_each_body<kThreads>(table, coefficients);
+}
+
 void clamp_thread(const SmallTable& table, double bound) { clamp_body<kThreads>(table, bound); }
 
 void clip_in_one_block_thread(const SmallTable& table, bool exact, const Clip& clip) {

@@ -21,6 +21,7 @@ using SmallTable = Table<kCapacity>;
 void power_sums_thread(const SmallTable& table, Norm norm, bool exact, double* partials,
                        double* slots);
 void scale_thread(const SmallTable& table, const Clip& clip);
+void scale_each_thread(const SmallTable& table, const double* coefficients);
 void clamp_thread(const SmallTable& table, double bound);
 void clip_in_one_block_thread(const SmallTable& table, bool exact, const Clip& clip);
 void finish_thread(Norm norm, const double* partials, int count, double* power_sum,

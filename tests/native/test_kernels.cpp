@@ -847,6 +847,38 @@ void test_one_block() {
   }
 }
 
+// Each tensor by its own coefficient: 1 leaves it alone, 0 clears also what is not finite.
+void test_scale_each() {
+  const double coefficients[] = {0.375, 0.0, 1.0, kNaN, 1e-40, 1.0, 0.0};
+  List list = small_mixed_list();
+  // Takes a second launch.
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
+    list.push_back({3 * tile_elements(dtype) + 7, dtype, 1});
+  }
+  const Values values = [](int64_t tensor, int64_t i) {
+    return i == 3 ? kNaN : (i == 5 ? -kInfinity : static_cast<double>(tensor + i % 9) / 8.0);
+  };
+  for (int64_t workers = 1; workers <= 7; ++workers) {
+    subject = "scale each with " + std::to_string(workers) + " workers";
+    const Gradients before(list, values);
+    const Gradients gradients(list, values);
+    for (const SmallTable& table : tables_of(gradients.index(), workers)) {
+      const Schedule schedule = kSchedules[workers % 4];
+      Grid({table.workers, kThreads}, schedule, [&] {
+        scale_each_thread(table, coefficients);
+      }).run();
+    }
+    for (size_t t = 0; t < list.size(); ++t) {
+      for (int64_t i = 0; i < list[t].numel; ++i) {
+        const double expected =
+            coefficients[t] == 0.0 ? 0.0 : scaled(before.get(t, i), coefficients[t], list[t].dtype);
+        CHECK(is_same(gradients.get(t, i), expected));
+      }
+    }
+    CHECK(gradients.guards_are_intact());
+  }
+}
+
 void test_clamp() {
   const Values values = [](int64_t tensor, int64_t i) {
     if (i % 101 == 7) return i % 2 == 0 ? kNaN : (i % 3 == 0 ? kInfinity : -kInfinity);
@@ -955,6 +987,7 @@ int test_all() {
   test_given_dtypes();
   test_tiny_coefficients();
   test_one_block();
+  test_scale_each();
   test_clamp();
   test_finish();
   std::printf("%lld checks\n", static_cast<long long>(checks));
