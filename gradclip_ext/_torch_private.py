@@ -11,6 +11,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach
 __all__ = [
     "DeviceContext",
     "device_has_foreach_support",
+    "foreach_add_",
     "foreach_clamp_",
     "foreach_mul_",
     "has_foreach_support",
@@ -26,6 +27,11 @@ def device_has_foreach_support(device: torch.device) -> bool:
 def has_foreach_support(tensors: list[torch.Tensor], device: torch.device) -> bool:
     """Whether ``foreach=None`` chooses the multi-tensor operations for these tensors."""
     return bool(_has_foreach_support(tensors, device))
+
+
+def foreach_add_(tensors: list[torch.Tensor], others: list[torch.Tensor], factor: float) -> None:
+    """Add to every tensor in place the other one that stands at its index, times a number."""
+    torch._foreach_add_(tensors, others, alpha=factor)
 
 
 def foreach_mul_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:

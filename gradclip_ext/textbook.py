@@ -1,0 +1,225 @@
+"""Clipping and weight decay under the names and with the formulas that textbooks teach.
+
+For code that follows a book or an old tutorial, unchanged; new code is better served by
+:func:`gradclip_ext.clip_grad_norm_`. The gradients are measured and scaled by the same engines, so
+everything that holds there for dtypes, layouts and accuracy holds here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import deprecated  # torch itself requires it
+
+from gradclip_ext import _arguments, _general, _torch_ops, _torch_private
+from gradclip_ext.functional import clip_grad_norm_
+
+__all__ = ["add_weight_decay_", "clip_grad_norm", "grad_clipping"]
+
+
+@torch.no_grad()
+def grad_clipping(net: Any, theta: float) -> Tensor:
+    r"""Clip the gradients of a network as in the book "Dive into Deep Learning".
+
+    The function of that name in Zhang, Lipton, Li and Smola, "Dive into Deep Learning" (2023),
+    from the chapter on recurrent networks. The gradients together are projected back onto the ball
+    of radius :math:`\theta`, scaled in place by
+
+    .. math:: \min\left(1, \frac{\theta}{\lVert\mathbf{g}\rVert}\right)
+
+    computed in float64 from the unrounded norm. Nothing is added to the norm, unlike in
+    :func:`gradclip_ext.clip_grad_norm_`. As in the book, a norm that is not above ``theta`` changes
+    nothing, and neither does one that is NaN. Unlike in the book, parameters without a gradient
+    are passed over, and the norm is returned. On a GPU nobody waits for it.
+
+    Args:
+        net: a module, of which the parameters that require gradients are taken; or any other object
+            that holds its parameters in a list ``params``, like the book's networks from scratch.
+        theta: largest norm the gradients may keep, a number that is not negative.
+
+    Returns:
+        The norm before clipping: a 0-dim tensor on the first gradient's device, in the promoted
+        dtype of the gradients (real for complex ones). ``torch.tensor(0.)`` without gradients.
+
+    Raises:
+        RuntimeError: a gradient cannot be written to, because its elements share memory.
+        TypeError: ``net`` is neither of the two, ``theta`` is not a number, or what is in
+            ``params`` is not a tensor.
+        ValueError: ``theta`` is negative or NaN.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> net.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> grad_clipping(net, 2.5)
+        tensor(5.)
+        >>> net.weight.grad
+        tensor([[1.5000, 2.0000]])
+    """
+    function = "grad_clipping"
+    limit = _arguments._non_negative(theta, function, "theta")
+    given = []
+    names = []
+    for parameter_name, parameter in _parameters_of(net, function):
+        gradient = parameter.grad
+        if gradient is not None:
+            given.append(gradient)
+            names.append(f"{parameter_name}.grad")
+            _general._require_storage(gradient, names[-1], function)
+    if not given:
+        return torch.tensor(0.0)
+    _general._refuse_integers(given, names, function)
+    gradients = _general._Gradients(given, names)
+    _general._refuse_unwritable(given, names, function)
+    with _general._profiler_range(function):
+        _, norm = gradients.total_norm(2.0, None, torch.float64)
+        # As a tensor, because torch divides a number by multiplying with a rounded reciprocal.
+        radius = torch.full_like(norm, limit)
+        # A comparison, not a clamped quotient: that would be NaN for 0 / 0, and for a norm of NaN.
+        coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
+        gradients.scale_(coefficient, None)
+    # Real dtypes are left out of to_real(), which torch.compile cannot trace.
+    dtype = functools.reduce(torch.promote_types, [gradient.dtype for gradient in given])
+    return norm.to(dtype.to_real() if dtype.is_complex else dtype)
+
+
+def _parameters_of(net: Any, function: str) -> list[tuple[str, Tensor]]:
+    """What the book clips of a network, each with what to call it in a message."""
+    if isinstance(net, torch.nn.Module):
+        return [(f"net.{name}", p) for name, p in net.named_parameters() if p.requires_grad]
+    if not hasattr(net, "params"):
+        raise TypeError(
+            f"{function}: net has to be a torch.nn.Module or an object with an attribute params, "
+            f"a list of tensors, found an object of type {type(net).__name__}; "
+            "pass parameters themselves to gradclip_ext.clip_grad_norm_"
+        )
+    parameters = _arguments.tensor_list(net.params, function, "net.params")
+    for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise _arguments.item_error(parameter, function, "net.params", index)
+    return [(f"net.params[{index}]", parameter) for index, parameter in enumerate(parameters)]
+
+
+@torch.no_grad()
+def add_weight_decay_(parameters: Tensor | Iterable[Tensor], weight_decay: float) -> None:
+    r"""Add to each gradient, in place, its parameter times ``weight_decay``.
+
+    That is the gradient of the L2 penalty :math:`\frac{\lambda}{2} \lVert\mathbf{w}\rVert^2`, as
+    in Krogh and Hertz, "A Simple Weight Decay Can Improve Generalization" (1991), and what
+    :class:`torch.optim.SGD` does with its ``weight_decay``, element for element. Called before
+    clipping, the penalty counts in the norm; an optimizer's own ``weight_decay`` comes after
+    clipping and does not. For :class:`torch.optim.AdamW`, whose weight decay never enters the
+    gradients, there is nothing to call.
+
+    Args:
+        parameters: the tensors whose ``.grad`` is added to, or a single one. Those without a
+            gradient are passed over; one that is listed twice counts once.
+        weight_decay: the factor, a number that is not negative. With 0 nothing is written.
+
+    Raises:
+        RuntimeError: a gradient cannot be written to, because its elements share memory.
+        TypeError: an argument or an element of ``parameters`` has the wrong type; or a gradient is
+            sparse, where every element of the parameter would have to be added.
+        ValueError: ``weight_decay`` is negative, NaN or too large for a gradient's dtype; or a
+            gradient has not its parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([10.0, -20.0]))
+        >>> weight.grad = torch.tensor([1.0, 1.0])
+        >>> add_weight_decay_(weight, 0.1)
+        >>> weight.grad
+        tensor([ 2., -1.])
+    """
+    function = "add_weight_decay_"
+    parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+    factor = _arguments._non_negative(weight_decay, function, "weight_decay")
+    given, names = _general._read_grads(parameter_list, function)
+    if factor == 0.0:
+        return
+    decayed = [parameter for parameter in parameter_list if parameter.grad is not None]
+    _general._refuse_integers(given, names, function)
+    for parameter, gradient, name in zip(decayed, given, names, strict=True):
+        _refuse_to_decay(parameter, gradient, factor, name, function)
+    _general._refuse_unwritable(given, names, function)
+
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    # As keys, so that no multi-tensor operation writes the same memory from two sides at once.
+    for parameter in dict.fromkeys(decayed):
+        gradient = parameter.grad
+        # Not a Parameter any more, which would count as a subclass below.
+        weight = parameter.detach()
+        kind = (gradient.device, gradient.dtype)
+        if (weight.device, weight.dtype) == kind:
+            gradients, weights = groups.setdefault(kind, ([], []))
+            gradients.append(gradient)
+            weights.append(weight)
+        else:
+            gradient.add_(weight.to(*kind), alpha=factor)
+    for (device, _), (gradients, weights) in groups.items():
+        if _torch_ops._use_multi_tensor([*gradients, *weights], device, None):
+            _torch_private.foreach_add_(gradients, weights, factor)
+        else:
+            for gradient, weight in zip(gradients, weights, strict=True):
+                gradient.add_(weight, alpha=factor)
+
+
+def _refuse_to_decay(
+    parameter: Tensor, gradient: Tensor, factor: float, name: str, function: str
+) -> None:
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{function}: {name}: weight_decay option is not compatible with sparse gradients, "
+            f"found the layout {gradient.layout}"
+        )
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{function}: {name} has to have the shape of its parameter, "
+            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
+        )
+    if parameter.is_complex() and not gradient.is_complex():
+        raise TypeError(
+            f"{function}: {name} has to be complex like its parameter, found {gradient.dtype}"
+        )
+    # torch raises for such a number, but only once it comes to this gradient.
+    if torch.finfo(gradient.dtype).max < factor < math.inf:
+        raise ValueError(
+            f"{function}: weight_decay has to be a number that the dtype of {name}, "
+            f"{gradient.dtype}, can hold, found {factor}"
+        )
+    _general._require_storage(parameter, name.removesuffix(".grad"), function)
+
+
+@deprecated(
+    "`gradclip_ext.textbook.clip_grad_norm` is now deprecated "
+    "in favor of `gradclip_ext.clip_grad_norm_`.",
+    category=FutureWarning,
+)
+def clip_grad_norm(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the gradient norm of an iterable of parameters, under the old name.
+
+    Drop-in for :func:`torch.nn.utils.clip_grad_norm`, deprecated like it, and the same as
+    :func:`gradclip_ext.clip_grad_norm_`, whose arguments, result and errors it has.
+
+    Example:
+        >>> import torch, warnings
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> with warnings.catch_warnings(record=True):
+        ...     clip_grad_norm(weight, max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
