@@ -27,7 +27,7 @@ def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[A
     if remedy is not None:
         raise TypeError(
             f"{function}: {argument} has to be an iterable of tensors or a single tensor, "
-            f"found {_describe(value)}; {remedy}"
+            f"found {describe(value)}; {remedy}"
         )
     items = list(value)
     if not items and argument == "parameters" and isinstance(value, types.GeneratorType):
@@ -64,7 +64,7 @@ def _remedy_for_container(value: Any) -> str | None:
     return None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     name = type(value).__name__
     if isinstance(value, str):
         return f"{value!r} (str)"
@@ -73,9 +73,17 @@ def _describe(value: Any) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
+def count_and_first_difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Two lists of names, as few words as tell them apart."""
+    if len(expected) != len(found):
+        return f"{len(expected)} parameters, found {len(found)}"
+    different = next(pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1])
+    return f"a parameter {different[0]!r}, found {different[1]!r}"
+
+
 def item_error(item: Any, function: str, argument: str, index: int) -> TypeError:
     """The error for an element of ``parameters`` or ``tensors`` that is not a tensor."""
-    message = f"{function}: {argument}[{index}] has to be a torch.Tensor, found {_describe(item)}"
+    message = f"{function}: {argument}[{index}] has to be a torch.Tensor, found {describe(item)}"
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
         message += "; pass model.parameters() instead of model.named_parameters()"
     elif isinstance(item, Mapping) and "params" in item:
@@ -157,7 +165,7 @@ def _number(value: Any, function: str, argument: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(
-            f"{function}: {argument} has to be a number, found {_describe(value)}"
+            f"{function}: {argument} has to be a number, found {describe(value)}"
         ) from error
 
 

@@ -338,6 +338,49 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float, foreach: bool
         gradients.clamp_(clip_value, foreach)
 
 
+@torch.no_grad()
+def grad_norms(parameters: Sequence[Any], norm_type: float, function: str) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients and of each, 0 without one: float64, on the first one's device."""
+    given, _ = _read_grads(parameters, function)
+    if not given:
+        zeros = torch.zeros(len(parameters), dtype=torch.float64)
+        return zeros.sum(), zeros
+    # As a whole, like get_total_norm; the norms of the parts do not add up for every order.
+    total = get_total_norm(given, norm_type, False, None, torch.float64)
+    measured = {
+        index: get_total_norm([parameter.grad], norm_type, False, None, torch.float64)
+        for index, parameter in enumerate(parameters)
+        if parameter.grad is not None
+    }
+    nothing = torch.zeros_like(total)
+    each = [measured.get(index, nothing).to(total.device) for index in range(len(parameters))]
+    return total, torch.stack(each)
+
+
+@torch.no_grad()
+def scale_by_(parameters: Sequence[Any], coefficient: Tensor, function: str) -> None:
+    """Multiply every gradient by a 0-dim float64 tensor, which nobody waits for on a GPU."""
+    given, names = _read_grads(parameters, function)
+    if given:
+        gradients = _Gradients(given, names)
+        _refuse_unwritable(given, names, function)
+        gradients.scale_(coefficient, None)
+
+
+@torch.no_grad()
+def scale_each_(parameters: Sequence[Any], coefficients: Tensor, function: str) -> None:
+    """Multiply each gradient by its own; 0 clears what is not finite, too."""
+    given, names = _read_grads(parameters, function)
+    _refuse_unwritable(given, names, function)
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is None:
+            continue
+        stored = _stored(parameter.grad)
+        coefficient = coefficients[index].to(stored.device)
+        wide = stored.to(_torch_ops.widened_dtype(stored, torch.float64)) * coefficient
+        stored.copy_(torch.where(coefficient == 0, torch.zeros_like(wide), wide))
+
+
 def _clip(
     gradients: _Gradients, max_norm: float | Tensor, norm: Tensor, foreach: bool | None
 ) -> None:

@@ -35,7 +35,9 @@ def total_norm(
             result = result.to(tensors[0].device, norm_dtype(tensors))
     else:
         require_foreach_support(filled, foreach)
-        norms = [torch.linalg.vector_norm(t, norm_type, dtype=_widened(t, dtype)) for t in filled]
+        norms = [
+            torch.linalg.vector_norm(t, norm_type, dtype=widened_dtype(t, dtype)) for t in filled
+        ]
         device = norms[0].device
         result = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
         result = result.to(tensors[0].device)
@@ -50,7 +52,7 @@ def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _widened(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+def widened_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or wider where it would not hold the tensor; complex for a complex tensor."""
     return torch.promote_types(tensor.dtype, dtype.to_complex() if tensor.is_complex() else dtype)
 
@@ -82,7 +84,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None)
 def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """As :func:`scale_`, for a coefficient that the tensors' own dtype could not hold."""
     for tensor in tensors:
-        wide = tensor.to(_widened(tensor, torch.float64))
+        wide = tensor.to(widened_dtype(tensor, torch.float64))
         tensor.copy_(wide.mul_(coefficient.to(tensor.device)))
 
 

@@ -196,8 +196,7 @@ def _refuse_to_decay(
 
 
 @deprecated(
-    "`gradclip_ext.textbook.clip_grad_norm` is now deprecated "
-    "in favor of `gradclip_ext.clip_grad_norm_`.",
+    "`gradclip_ext.clip_grad_norm` is now deprecated in favor of `gradclip_ext.clip_grad_norm_`.",
     category=FutureWarning,
 )
 def clip_grad_norm(

@@ -197,6 +197,14 @@ class AutoClip(_Rule):
     Raises:
         TypeError: an argument is not a number.
         ValueError: ``percentile`` or ``window`` is outside its range.
+
+    >>> rule = AutoClip(percentile=50.0)
+    >>> for norm in (1.0, 2.0, 6.0):
+    ...     total = torch.tensor(norm, dtype=torch.float64)
+    ...     print(rule.limits(total, total.view(1)).item())
+    1.0
+    1.5
+    2.0
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 10_000) -> None:
@@ -483,6 +491,13 @@ def adaptive_clip_grad_(
         RuntimeError: a gradient cannot be written to, because its elements share memory.
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``clip_factor`` or ``eps`` is not greater than 0.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> weight.grad = torch.tensor([[0.0, 2.0], [0.0, 0.001]])
+    >>> adaptive_clip_grad_(weight, clip_factor=0.1)
+    >>> weight.grad
+    tensor([[0.0000, 0.5000],
+            [0.0000, 0.0010]])
     """
     function = "adaptive_clip_grad_"
     items = _arguments.tensor_list(parameters, function, "parameters")

@@ -10,6 +10,7 @@ import torch
 
 ON_EVERY_DEVICE = {
     "test_clip_grad_norm",
+    "test_clipper",
     "test_errors",
     "test_family",
     "test_known_bugs",

@@ -505,7 +505,7 @@ class TestDeprecatedName:
         ours, theirs = found
         assert ours == (
             FutureWarning,
-            "`gradclip_ext.textbook.clip_grad_norm` is now deprecated "
+            "`gradclip_ext.clip_grad_norm` is now deprecated "
             "in favor of `gradclip_ext.clip_grad_norm_`.",
         )
         assert theirs == (

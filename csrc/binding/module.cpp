@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "binding/containers.h"
 #include "binding/gradients.h"
 #include "binding/operations.h"
 #include "binding/python_tensors.h"
@@ -105,14 +106,15 @@ bool py_clip_grad_value_(py::handle parameters, double clip_value) {
   return true;
 }
 
-py::object py_grad_norms(py::handle parameters, double norm_type, bool in_float64) {
+py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dtype) {
   const std::optional<Norm> norm = native_norm(norm_type);
   Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
   if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   Norms norms;
   {
     py::gil_scoped_release release;
-    norms = grad_norms(gradients, *norm, in_float64 ? Precision::kFloat64 : Precision::kFloat32);
+    norms = grad_norms(gradients, *norm, result_dtype);
   }
   return py::make_tuple(py::reinterpret_steal<py::object>(wrap(norms.total)),
                         py::reinterpret_steal<py::object>(wrap(norms.each)));
@@ -166,6 +168,10 @@ void py_clamp_(py::handle tensors, double bound) {
   clamp_(gradients, bound);
 }
 
+bool py_hold_exactly(const py::list& containers, const py::tuple& expected) {
+  return hold_exactly(containers.ptr(), expected.ptr());
+}
+
 bool py_is_native(py::handle tensor) { return is_native(unpack(tensor.ptr())); }
 
 bool py_is_flat(py::handle tensor) { return is_flat(unpack(tensor.ptr())); }
@@ -188,11 +194,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grads_with_norm_", &py_clip_grads_with_norm_, arg("parameters"), arg("max_norm"),
         arg("total_norm"));
   m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
-  m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("in_float64"));
+  m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"));
   m.def("scale_each_", &py_scale_each_, arg("parameters"), arg("coefficients"));
   m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));
   m.def("scale_", &py_scale_, arg("tensors"), arg("coefficient"));
   m.def("clamp_", &py_clamp_, arg("tensors"), arg("bound"));
+  m.def("hold_exactly", &py_hold_exactly, arg("containers"), arg("expected"));
   m.def("is_native", &py_is_native, arg("tensor"));
   m.def("is_flat", &py_is_flat, arg("tensor"));
   m.def("observed", &observed);

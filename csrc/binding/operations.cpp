@@ -51,8 +51,9 @@ void clamp_(const Gradients& gradients, double bound) {
   cpu_engine::clamp_(gradients, bound);
 }
 
-Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
+Norms grad_norms(const Gradients& gradients, Norm norm, std::optional<at::ScalarType> dtype) {
   RECORD_FUNCTION("gradclip_ext::grad_norms", {});
+  const Precision precision = precision_for(dtype.value_or(gradients.norm_dtype()));
 #if GRADCLIP_WITH_CUDA
   if (gradients.are_on_gpu()) return cuda_engine::grad_norms(gradients, norm, precision);
 #endif

@@ -36,13 +36,13 @@ void scale_(const Gradients& gradients, const Number& coefficient);
 void clamp_(const Gradients& gradients, double bound);
 
 // The norm of all gradients together and of each, in float64, where the gradients lie. The second
-// has an entry for each parameter that was listed, 0 where it has no gradient. `precision` is what
-// they have to be good for.
+// has an entry for each parameter that was listed, 0 where it has no gradient. They are good for
+// results of `dtype`, which without one is that of get_total_norm.
 struct Norms {
   at::Tensor total;
   at::Tensor each;
 };
-Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision);
+Norms grad_norms(const Gradients& gradients, Norm norm, std::optional<at::ScalarType> dtype);
 
 // Multiplies each gradient by the coefficient at the place of its parameter, of a 1-D tensor in
 // float64 that lies where the gradients do: 1 writes nothing, 0 clears, also NaN and infinity.

@@ -1,0 +1,12 @@
+// Looks into Python's containers faster than Python can.
+#pragma once
+
+#include <Python.h>
+
+namespace gradclip::binding {
+
+// Whether the values of these dicts and the items of these lists, one container after the other,
+// are the very objects in `expected`, in that order, and no others.
+bool hold_exactly(PyObject* containers, PyObject* expected);
+
+}  // namespace gradclip::binding

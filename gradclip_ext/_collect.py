@@ -1,0 +1,140 @@
+"""Parameters, their names and their groups, collected once from whatever a caller has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _C, _arguments
+
+
+@functools.lru_cache(maxsize=16)
+def default_names(count: int) -> tuple[str, ...]:
+    """What to call parameters that came without names."""
+    return tuple(f"parameters[{index}]" for index in range(count))
+
+
+class Collection:
+    """Parameters collected from a module, from named or plain parameters, or from groups.
+
+    Walking ``module.parameters()`` each step would take longer than clipping does, so the result is
+    kept, together with what it was read from: as long as that still holds the same objects, nothing
+    has changed.
+
+    Attributes:
+        names: what to call each parameter.
+        parameters: the parameters, each of them once.
+        groups: for each group the range of its parameters; a single one where there are no groups.
+    """
+
+    def __init__(self, source: Any, function: str) -> None:
+        self._function = function
+        # What cannot be read twice is read once.
+        self._source = source if _is_watched(source) else _listed(source, function)
+        self._collect()
+
+    def refresh(self) -> bool:
+        """Read the source anew if it has changed; returns whether that gave other parameters."""
+        if _C.hold_exactly(self._containers, self._expected) and self._groups_are_the_same():
+            return False
+        before = self.parameters
+        self._collect()
+        return len(before) != len(self.parameters) or any(
+            one is not other for one, other in zip(before, self.parameters, strict=True)
+        )
+
+    def _collect(self) -> None:
+        self._containers: list[Any] = []
+        self._group_lists: list[list[Any]] = []
+        source = self._source
+        if isinstance(source, torch.nn.Module):
+            pairs: list[tuple[str, Tensor]] = list(source.named_parameters())
+            self.groups = [range(len(pairs))]
+            for module in source.modules():
+                self._containers += [module._parameters, module._modules]
+        elif isinstance(source, torch.optim.Optimizer):
+            pairs = self._collect_groups(source.param_groups)
+        elif source and isinstance(source[0], dict):
+            pairs = self._collect_groups(source)
+        else:
+            pairs = [self._pair(item, index) for index, item in enumerate(source)]
+            self.groups = [range(len(pairs))]
+        self._expected = tuple(
+            item
+            for container in self._containers
+            for item in (container.values() if isinstance(container, dict) else container)
+        )
+        self.names = tuple(name for name, _ in pairs)
+        self.parameters = [parameter for _, parameter in pairs]
+        if not self.parameters:
+            raise ValueError(f"{self._function}: there are no parameters in what was passed")
+
+    def _collect_groups(self, groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+        pairs: list[tuple[str, Tensor]] = []
+        self.groups = []
+        self._containers.append(groups)
+        for number, group in enumerate(groups):
+            if not isinstance(group, dict) or "params" not in group:
+                raise TypeError(
+                    f"{self._function}: groups[{number}] has to be a dict with the key 'params', "
+                    f"found {_arguments.describe(group)}"
+                )
+            # As optimizers do, which make lists of them.
+            parameters = group["params"]
+            if isinstance(parameters, Tensor):
+                parameters = [parameters]
+            elif not isinstance(parameters, list):
+                parameters = group["params"] = list(parameters)
+            if not parameters:
+                raise ValueError(f"{self._function}: groups[{number}] has no parameters")
+            if isinstance(group["params"], list):
+                self._containers.append(parameters)
+            self._group_lists.append(group["params"])
+            names = group.get("param_names")
+            begin = len(pairs)
+            for index, item in enumerate(parameters):
+                name, parameter = self._pair(item, index, f"groups[{number}]['params']")
+                pairs.append((names[index] if names else name, parameter))
+            self.groups.append(range(begin, len(pairs)))
+        return pairs
+
+    def _groups_are_the_same(self) -> bool:
+        """A group may have been given another list; the old one still holds the same."""
+        if not self._group_lists:
+            return True
+        source = self._source
+        groups = source.param_groups if isinstance(source, torch.optim.Optimizer) else source
+        return all(
+            group["params"] is known for group, known in zip(groups, self._group_lists, strict=True)
+        )
+
+    def _pair(self, item: Any, index: int, argument: str = "parameters") -> tuple[str, Tensor]:
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+            name, item = item
+        else:
+            name = f"{argument}[{index}]"
+        if not isinstance(item, Tensor):
+            raise _arguments.item_error(item, self._function, argument, index)
+        return name, item
+
+
+def _is_watched(source: Any) -> bool:
+    """Whether the source may hold other parameters later, and says so."""
+    if isinstance(source, (torch.nn.Module, torch.optim.Optimizer)):
+        return True
+    return isinstance(source, list) and bool(source) and isinstance(source[0], dict)
+
+
+def _listed(source: Any, function: str) -> list[Any]:
+    if isinstance(source, Tensor):
+        return [source]
+    if isinstance(source, (str, dict)) or not isinstance(source, Iterable):
+        raise TypeError(
+            f"{function}: expected a module, named or plain parameters, an optimizer or its "
+            f"parameter groups, found {_arguments.describe(source)}"
+        )
+    return list(source)
