@@ -18,6 +18,9 @@ from gradclip_ext.thresholds import AGC, Threshold
 
 __all__ = ["ClipReport", "GradClipper", "GradNorms", "grad_norms"]
 
+# A number that the host knows, or one or more on a device.
+_Number = float | Tensor
+
 _POLICIES = ("propagate", "raise", "zero", "skip")
 
 
@@ -205,12 +208,12 @@ class GradClipper:
                 "would know in time; it cannot be combined with clip_value or AGC"
             )
         self._steps = 0
-        device = self._collection.parameters[0].device
-        self._clipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._nonfinite_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._last: tuple[Tensor, Tensor, Tensor, list[Tensor]] | None = None
+        # On a GPU they become tensors there, which are read only when somebody asks.
+        self._clipped_steps: int | Tensor = 0
+        self._nonfinite_steps: int | Tensor = 0
+        self._last: tuple[Tensor, Tensor, list[_Number], list[_Number]] | None = None
         # Written in place, so that it has to be handed over only once.
-        self.found_inf = torch.zeros(1, device=device)
+        self.found_inf = torch.zeros(1, device=self._collection.parameters[0].device)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -237,25 +240,23 @@ class GradClipper:
                 self._require_finite(_measured(parameters, self._order, "GradClipper", None)[0])
             add_weight_decay_(parameters, self._weight_decay)
         measured = [_measured(group, self._order, "GradClipper", None) for group in groups]
-        device = measured[0][0].device
-        totals = torch.stack([total.to(device) for total, _ in measured])
-        total = totals[0] if len(groups) == 1 else torch.linalg.vector_norm(totals, self._order)
-        norms = torch.cat([norms.to(device) for _, norms in measured])
-        is_finite = total.isfinite()
+        total, norms = measured[0] if len(measured) == 1 else self._together(measured)
+        is_finite = math.isfinite(total.item()) if _is_on_host(total) else total.isfinite()
         if self._nonfinite == "raise":
             self._require_finite(total)
 
-        limits: list[Tensor] = []
-        coefficients: list[Tensor] = []
+        limits: list[_Number] = []
+        coefficients: list[_Number] = []
         for rule, (group_total, group_norms) in zip(self._rules, measured, strict=True):
             limit, coefficient = _decided(rule, group_total, group_norms)
             limits.append(limit)
             coefficients.append(self._with_policy(coefficient, is_finite))
-        for rule, group, coefficient in zip(self._rules, groups, coefficients, strict=True):
-            self._scale(rule, group, coefficient)
+        # These first, since they may refuse a gradient.
         for rule, names, group in zip(self._rules, self._group_names(), groups, strict=True):
             if isinstance(rule, AGC):
                 rule.clip_(zip(names, group, strict=True))
+        for rule, group, coefficient in zip(self._rules, groups, coefficients, strict=True):
+            self._scale(rule, group, coefficient, total.device)
         if self._clip_value is not None:
             clip_grad_value_(parameters, self._clip_value)
         self._remember(total, norms, coefficients, limits, is_finite)
@@ -269,16 +270,16 @@ class GradClipper:
         """
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
-        total, norms, coefficient, limits = self._last
+        total, norms, coefficients, limits = self._last
         return ClipReport(
             names=self._collection.names,
             norms=tuple(norms.tolist()),
             total_norm=total.item(),
-            coefficient=coefficient.item(),
-            limits=tuple(limit.min().item() for limit in limits),
+            coefficient=min(_smallest(coefficient) for coefficient in coefficients),
+            limits=tuple(_smallest(limit) for limit in limits),
             steps=self._steps,
-            clipped_steps=int(self._clipped_steps.item()),
-            nonfinite_steps=int(self._nonfinite_steps.item()),
+            clipped_steps=int(self._clipped_steps),
+            nonfinite_steps=int(self._nonfinite_steps),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,8 +287,8 @@ class GradClipper:
         return {
             "names": list(self._collection.names),
             "steps": self._steps,
-            "clipped_steps": int(self._clipped_steps.item()),
-            "nonfinite_steps": int(self._nonfinite_steps.item()),
+            "clipped_steps": int(self._clipped_steps),
+            "nonfinite_steps": int(self._nonfinite_steps),
             "rules": [
                 rule.state_dict() if isinstance(rule, Threshold) else None for rule in self._rules
             ],
@@ -334,9 +335,8 @@ class GradClipper:
                     rule.load_state_dict(rule_state)
             raise
         self._steps = int(state["steps"])
-        device = self._clipped_steps.device
-        self._clipped_steps = torch.tensor(int(state["clipped_steps"]), device=device)
-        self._nonfinite_steps = torch.tensor(int(state["nonfinite_steps"]), device=device)
+        self._clipped_steps = int(state["clipped_steps"])
+        self._nonfinite_steps = int(state["nonfinite_steps"])
 
     def _read_rules(self, max_norm: Any) -> list[float | Threshold | AGC]:
         if not isinstance(max_norm, (list, tuple)):
@@ -367,43 +367,66 @@ class GradClipper:
     def _group_names(self) -> list[tuple[str, ...]]:
         return [self._collection.names[own.start : own.stop] for own in self._ranges()]
 
-    def _with_policy(self, coefficient: Tensor, is_finite: Tensor) -> Tensor:
-        if self._nonfinite == "zero":
-            return torch.where(is_finite.to(coefficient.device), coefficient, 0.0)
-        if self._nonfinite == "skip":
-            return torch.where(is_finite.to(coefficient.device), coefficient, 1.0)
-        return coefficient
+    def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The norm of all groups, and the norms of all gradients, where the first group lies."""
+        device = measured[0][0].device
+        totals = torch.stack([total.to(device) for total, _ in measured])
+        norms = torch.cat([norms.to(device) for _, norms in measured])
+        return torch.linalg.vector_norm(totals, self._order), norms
+
+    def _with_policy(self, coefficient: _Number, is_finite: bool | Tensor) -> _Number:
+        instead = {"zero": 0.0, "skip": 1.0}.get(self._nonfinite)
+        if instead is None or is_finite is True:
+            return coefficient
+        if is_finite is False:
+            return instead
+        if not isinstance(coefficient, Tensor):
+            coefficient = torch.full_like(is_finite, coefficient, dtype=torch.float64)
+        return torch.where(is_finite.to(coefficient.device), coefficient, instead)
 
     def _scale(
-        self, rule: float | Threshold | AGC, group: list[Tensor], coefficient: Tensor
+        self,
+        rule: float | Threshold | AGC,
+        group: list[Tensor],
+        coefficient: _Number,
+        device: torch.device,
     ) -> None:
         only_measures = isinstance(rule, AGC) or rule == math.inf
         if only_measures and self._nonfinite != "zero":
             return
-        if coefficient.dim() == 0:
-            if self._nonfinite != "zero":
-                _general.scale_by_(group, coefficient, "GradClipper")
-                return
-            coefficient = coefficient.expand(len(group)).contiguous()
-        if not _C.scale_each_(group, coefficient):
-            _general.scale_each_(group, coefficient, "GradClipper")
+        clears = self._nonfinite == "zero" and (
+            isinstance(coefficient, Tensor) or coefficient == 0.0
+        )
+        if not clears and not _is_for_each(coefficient):
+            if not _C.scale_grads_(group, coefficient):
+                _general.scale_by_(group, _tensor(coefficient, device), "GradClipper")
+            return
+        each = _tensor(coefficient, device)
+        if each.dim() == 0:
+            each = each.expand(len(group)).contiguous()
+        if not _C.scale_each_(group, each):
+            _general.scale_each_(group, each, "GradClipper")
 
     def _remember(
         self,
         total: Tensor,
         norms: Tensor,
-        coefficients: list[Tensor],
-        limits: list[Tensor],
-        is_finite: Tensor,
+        coefficients: list[_Number],
+        limits: list[_Number],
+        is_finite: bool | Tensor,
     ) -> None:
-        smallest = torch.stack([c.min().to(total.device) for c in coefficients]).min()
         self._steps += 1
-        self._clipped_steps += torch.logical_and(smallest < 1.0, is_finite).to(
-            self.found_inf.device
-        )
+        self._last = (total, norms, coefficients, limits)
+        if not isinstance(is_finite, Tensor):
+            clips = is_finite and any(_smallest(c) < 1.0 for c in coefficients)
+            self._clipped_steps += int(clips)
+            self._nonfinite_steps += int(not is_finite)
+            self.found_inf.fill_(float(not is_finite))
+            return
+        smallest = torch.stack([_tensor(c, total.device).min() for c in coefficients]).min()
+        self._clipped_steps = self._clipped_steps + torch.logical_and(smallest < 1.0, is_finite)
+        self._nonfinite_steps = self._nonfinite_steps + torch.logical_not(is_finite)
         self.found_inf.copy_(torch.logical_not(is_finite))
-        self._nonfinite_steps += self.found_inf[0].to(torch.int64)
-        self._last = (total, norms, smallest, limits)
 
     def _require_finite(self, total: Tensor) -> None:
         if total.isfinite():
@@ -447,18 +470,47 @@ def _measured(
     return _general.grad_norms(parameters, order, function)
 
 
-def _decided(rule: float | Threshold | AGC, total: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """The limit of a rule and the coefficient that keeps it, of all gradients or of each."""
-    one = torch.ones_like(total)
+def _decided(
+    rule: float | Threshold | AGC, total: Tensor, norms: Tensor
+) -> tuple[_Number, _Number]:
+    """The limit of a rule and the coefficient that keeps it, of all gradients or of each.
+
+    Numbers where they are known, 0-dim tensors on other devices, 1-D tensors of limits for each.
+    """
     if isinstance(rule, AGC) or rule == math.inf:
-        return torch.full_like(total, math.inf), one
-    if not isinstance(rule, Threshold):
-        return torch.full_like(total, rule), _torch_ops.clip_coefficient(rule, total)
+        return math.inf, 1.0
+    # Not `isinstance(rule, Threshold)`: asking that of a protocol takes longer than clipping.
+    if isinstance(rule, float):
+        if _is_on_host(total):
+            return rule, min(1.0, rule / (norm + 1e-6)) if (norm := total.item()) == norm else norm
+        return rule, _torch_ops.clip_coefficient(rule, total)
     limits = rule.limits(total, norms)
     measured = norms if rule.per_parameter else total
     if rule.epsilon > 0.0:
         coefficient = torch.clamp(limits / (measured + rule.epsilon), max=1.0)
     else:
-        coefficient = torch.where(measured <= limits, one, limits / measured)
+        coefficient = torch.where(measured <= limits, 1.0, limits / measured)
     # An infinite limit is none, whatever the norm.
-    return limits, torch.where(limits == math.inf, one, coefficient)
+    coefficient = torch.where(limits == math.inf, 1.0, coefficient)
+    if rule.per_parameter or not _is_on_host(total):
+        return limits, coefficient
+    return limits.item(), coefficient.item()
+
+
+def _is_on_host(number: Tensor) -> bool:
+    """Whether it may be read; elsewhere that would mean to wait."""
+    return number.is_cpu
+
+
+def _is_for_each(coefficient: _Number) -> bool:
+    return isinstance(coefficient, Tensor) and coefficient.dim() == 1
+
+
+def _tensor(number: _Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device)
+    return torch.tensor(number, dtype=torch.float64, device=device)
+
+
+def _smallest(number: _Number) -> float:
+    return number.min().item() if isinstance(number, Tensor) else number

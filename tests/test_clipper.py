@@ -19,6 +19,13 @@ by_order = pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda order:
 by_dtype = pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
 
 
+@pytest.fixture(autouse=True, params=["numbers on the host", "numbers on the device"])
+def whereabouts(request, monkeypatch):
+    """Both ways of the clipper, also without a GPU: with and without reading what it measured."""
+    if request.param == "numbers on the device":
+        monkeypatch.setattr(gradclip_ext.clipper, "_is_on_host", lambda _: False)
+
+
 def make_model(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))

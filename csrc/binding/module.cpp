@@ -1,4 +1,4 @@
-// The functions that Python calls, and their table. The first six return None (or False) instead
+// The functions that Python calls, and their table. The first seven return None (or False) instead
 // of a result to say "not for the native way; nothing was changed", and gradclip_ext/_general.py
 // takes over.
 #include <pybind11/pybind11.h>
@@ -120,6 +120,16 @@ py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dty
                         py::reinterpret_steal<py::object>(wrap(norms.each)));
 }
 
+bool py_scale_grads_(py::handle parameters, py::handle coefficient) {
+  Gradients gradients(/*accept_complex=*/true);
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  const std::optional<Number> number = read_number(coefficient, gradients);
+  if (!number) return false;
+  py::gil_scoped_release release;
+  scale_(gradients, *number);
+  return true;
+}
+
 bool py_scale_each_(py::handle parameters, py::handle coefficients) {
   Gradients gradients(/*accept_complex=*/true);
   if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
@@ -195,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
         arg("total_norm"));
   m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
   m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"));
+  m.def("scale_grads_", &py_scale_grads_, arg("parameters"), arg("coefficient"));
   m.def("scale_each_", &py_scale_each_, arg("parameters"), arg("coefficients"));
   m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));
   m.def("scale_", &py_scale_, arg("tensors"), arg("coefficient"));

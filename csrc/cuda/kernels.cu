@@ -17,9 +17,9 @@ constexpr int kResidentBlocks = 6;
 // More, where one block is all there is.
 constexpr int kThreadsOfOneBlock = 512;
 
-// Ranges of tiles, and so blocks, for each multiprocessor: as many as it holds at once with the 32
-// registers a thread that the kernels take. A bet, until it is compared on a GPU.
-constexpr int64_t kWorkersPerMultiprocessor = 8;
+// Ranges of tiles, and so blocks, for each multiprocessor: as many as stay resident. A bet, until
+// it is compared on a GPU.
+constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
 
 // Below this a second launch costs more than what more blocks gain. A bet, too.
 constexpr int64_t kOneBlockBytes = 512 * 1024;
