@@ -1,0 +1,651 @@
+"""Times GradClipper, grad_norms and the adaptive rules beside the same written by hand in torch.
+
+    python bench/bench_clipper.py                            # every workload, minutes
+    python bench/bench_clipper.py --workloads lstm --seconds 0.5
+    python bench/bench_clipper.py --device cuda
+
+Gradients have the shapes of real models and are float32. Within one row everything takes turns.
+Before every call the gradients, and what a rule remembers, are what they were, so that all calls
+make the same step. Each way is compared with the one by hand in float64 before anything is timed.
+Quote the ratios: absolute times depend on what else the machine does.
+
+Cases:
+  norms         grad_norms: the norm of each gradient and of all.
+  clip          GradClipper with a number, beside torch's clip_grad_norm_ with norms and history.
+  autoclip      GradClipper with AutoClip, beside numpy.percentile of all norms so far.
+  zclip         GradClipper with ZClip, beside moving averages in Python's numbers.
+  adagc         GradClipper with AdaGC, beside a loop over the tensors.
+  agc           adaptive_clip_grad_, beside a loop over the tensors.
+  weight_decay  add_weight_decay_ and clip_grad_norm_, beside a loop and torch's clip_grad_norm_.
+
+Kinds: "quiet" is a step in which nothing has to be clipped, "clip" one in which everything is.
+"bare" is our own function without the case's addition: get_total_norm for norms, else
+clip_grad_norm_. What is above 1 in ours/bare is what the addition costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from bench_clip import CpuClock, CudaClock, measured
+from bench_report import Table, default_path, environment, save
+from torch import Tensor
+from tqdm import tqdm
+from workloads import SIGMA, WORKLOADS, Workload
+
+import gradclip_ext
+from gradclip_ext import (
+    AdaGC,
+    AutoClip,
+    GradClipper,
+    Threshold,
+    ZClip,
+    adaptive_clip_grad_,
+    add_weight_decay_,
+    grad_norms,
+)
+
+OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
+DEFAULT_WORKLOADS = ("lstm", "1000x1000", "resnet50", "gpt2")
+
+# Standard deviation of the parameters, that of GPT-2's initial ones.
+PARAMETER_SIGMA = 0.02
+WEIGHT_DECAY = 0.1
+PERCENTILE = 10.0
+# Steps before the one that is timed, with norms this far around their mean.
+HISTORY = 1000
+HISTORY_SPREAD = 0.1
+# Of AGC: none of the units exceeds its limit, or all of them do.
+CLIP_FACTORS = {"quiet": 100.0, "clip": 0.01}
+
+# Largest relative error of ours: of a norm, and of an element relative to the largest. More is a
+# bug, and nothing is timed.
+TOLERANCE = 4e-7
+# From here on the result of another way counts as wrong. It is timed, but marked.
+BELIEVABLE = 1e-2
+# What torch adds to a norm before it divides by it. Of our rules none does, as in their papers.
+TORCH_EPSILON = 1e-6
+
+
+class Model:
+    """Parameters with gradients that can be restored."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: tuple[int, ...], sigma: float) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(sigma)
+
+        shapes = [shape for shape, _ in workload.tensors]
+        self.parameters = [torch.nn.Parameter(normal(shape, PARAMETER_SIGMA)) for shape in shapes]
+        self.originals = [normal(shape, SIGMA) for shape in shapes]
+        self.gradients = [torch.empty_like(original) for original in self.originals]
+        self._finish()
+
+    def in_float64(self) -> Model:
+        """The same numbers in float64."""
+        copy = Model.__new__(Model)
+        copy.parameters = [torch.nn.Parameter(p.detach().double()) for p in self.parameters]
+        # Rounded already, and so the same; they need not be kept twice.
+        copy.originals = self.originals
+        copy.gradients = [torch.empty_like(p) for p in copy.parameters]
+        copy._finish()
+        return copy
+
+    def _finish(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        squares = [original.double().square().sum().item() for original in self.originals]
+        self.norms = [math.sqrt(square) for square in squares]
+        self.norm = math.sqrt(math.fsum(squares))
+        self.restore()
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.gradients, self.originals)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A way to do it, ready to be called on a model."""
+
+    restore: Callable[[], None]
+    call: Callable[[], Any]
+    # From what a call returned to the norms it found, that of all first.
+    read: Callable[[Any], list[float]] = lambda _: []
+
+
+# From a model and a kind.
+Way = Callable[[Model, str], Prepared]
+
+
+def level(model: Model, kind: str) -> float:
+    """What the norm is compared with."""
+    return model.norm * {"quiet": 3.0, "clip": 1.0 / 3.0}[kind]
+
+
+def read_pair(result: tuple[Tensor, Tensor]) -> list[float]:
+    return [result[0].item(), *result[1].tolist()]
+
+
+def read_total(result: Tensor) -> list[float]:
+    return [result.item()]
+
+
+# --- norms ---
+
+
+def ours_norms(model: Model, kind: str) -> Prepared:
+    def call() -> tuple[Tensor, Tensor]:
+        return grad_norms(model.parameters)[:2]
+
+    return Prepared(model.restore, call, read_pair)
+
+
+def bare_norms(model: Model, kind: str) -> Prepared:
+    return Prepared(model.restore, lambda: gradclip_ext.get_total_norm(model.gradients), read_total)
+
+
+def bare_norms_of_parameters(model: Model, kind: str) -> Prepared:
+    """Also reads each parameter's ``.grad``, as grad_norms does."""
+    return Prepared(
+        model.restore,
+        lambda: gradclip_ext.clip_grad_norm_(model.parameters, math.inf),
+        read_total,
+    )
+
+
+def norms_by_hand(parameters: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
+    norms = torch.stack([parameter.grad.norm() for parameter in parameters])
+    return norms.norm(), norms
+
+
+def hand_norms(model: Model, kind: str) -> Prepared:
+    return Prepared(model.restore, lambda: norms_by_hand(model.parameters), read_pair)
+
+
+def norms_by_foreach(parameters: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
+    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+    return norms.norm(), norms
+
+
+def foreach_norms(model: Model, kind: str) -> Prepared:
+    return Prepared(model.restore, lambda: norms_by_foreach(model.parameters), read_pair)
+
+
+# --- clip ---
+
+
+def read_report(clipper: GradClipper) -> Callable[[Any], list[float]]:
+    def read(_: Any) -> list[float]:
+        report = clipper.report()
+        return [report.total_norm, *report.norms]
+
+    return read
+
+
+def ours_clip(model: Model, kind: str) -> Prepared:
+    clipper = GradClipper(model.parameters, level(model, kind))
+    return Prepared(model.restore, clipper.clip_, read_report(clipper))
+
+
+def bare_clip(model: Model, kind: str) -> Prepared:
+    max_norm = level(model, kind)
+    return Prepared(
+        model.restore,
+        lambda: gradclip_ext.clip_grad_norm_(model.parameters, max_norm),
+        read_total,
+    )
+
+
+class History:
+    """What GradClipper remembers, by hand and without waiting for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals: collections.deque[Tensor] = collections.deque(maxlen=HISTORY)
+        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, total: Tensor, max_norm: float) -> None:
+        self.totals.append(total)
+        self.clipped += total > max_norm
+
+
+def hand_clip(model: Model, kind: str) -> Prepared:
+    max_norm = level(model, kind)
+    history = History(model.originals[0].device)
+
+    def call() -> tuple[Tensor, Tensor]:
+        norms = torch.stack([parameter.grad.norm() for parameter in model.parameters])
+        total = torch.nn.utils.clip_grad_norm_(model.parameters, max_norm)
+        history.add(total, max_norm)
+        return total, norms
+
+    return Prepared(model.restore, call, read_pair)
+
+
+def foreach_clip(model: Model, kind: str) -> Prepared:
+    """Measures once, with torch's fastest operations."""
+    max_norm = level(model, kind)
+    history = History(model.originals[0].device)
+
+    def call() -> tuple[Tensor, Tensor]:
+        total, norms = norms_by_foreach(model.parameters)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters, max_norm, total)
+        history.add(total, max_norm)
+        return total, norms
+
+    return Prepared(model.restore, call, read_pair)
+
+
+# --- rules ---
+
+
+def past_factors() -> list[float]:
+    """By what the norms of the steps before are above or below their mean."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(HISTORY, generator=generator, dtype=torch.float64) * HISTORY_SPREAD
+    return noise.exp().tolist()
+
+
+def with_past(rule: Threshold, model: Model, kind: str) -> Threshold:
+    """The rule, after the steps before the one that is timed."""
+    device = model.originals[0].device
+    norms = torch.tensor(model.norms, dtype=torch.float64, device=device)
+    norms *= level(model, kind) / model.norm
+    for factor in past_factors():
+        past = norms * factor
+        rule.limits(torch.linalg.vector_norm(past), past)
+    return rule
+
+
+def ours_rule(make: Callable[[], Threshold], model: Model, kind: str) -> Prepared:
+    rule = with_past(make(), model, kind)
+    state = rule.state_dict()
+    clipper = GradClipper(model.parameters, rule)
+
+    def restore() -> None:
+        model.restore()
+        rule.load_state_dict(state)
+
+    return Prepared(restore, clipper.clip_, read_report(clipper))
+
+
+def total_by_hand(parameters: list[torch.nn.Parameter]) -> float:
+    """As in many a repository: one number after the other comes to the host."""
+    return math.sqrt(sum(parameter.grad.norm().item() ** 2 for parameter in parameters))
+
+
+def hand_autoclip(model: Model, kind: str) -> Prepared:
+    past = [level(model, kind) * factor for factor in past_factors()]
+    history: list[float] = []
+
+    def restore() -> None:
+        model.restore()
+        history[:] = past
+
+    def call() -> float:
+        total = total_by_hand(model.parameters)
+        history.append(total)
+        limit = float(numpy.percentile(history, PERCENTILE))
+        torch.nn.utils.clip_grad_norm_(model.parameters, limit)
+        return total
+
+    return Prepared(restore, call, lambda total: [total])
+
+
+def hand_zclip(model: Model, kind: str) -> Prepared:
+    rule = ZClip()
+    state = with_past(rule, model, kind).state_dict()
+    past_mean, past_variance = state["mean"].item(), state["variance"].item()
+    mean = variance = 0.0
+
+    def restore() -> None:
+        nonlocal mean, variance
+        model.restore()
+        mean, variance = past_mean, past_variance
+
+    def call() -> float:
+        nonlocal mean, variance
+        total = clipped = total_by_hand(model.parameters)
+        deviation = math.sqrt(variance)
+        score = (total - mean) / (deviation + 1e-6)
+        if score > rule.z_threshold:
+            clipped = mean + rule.z_threshold**2 / score * deviation
+            coefficient = clipped / (total + TORCH_EPSILON)
+            for parameter in model.parameters:
+                parameter.grad.mul_(coefficient)
+        mean = rule.alpha * mean + (1 - rule.alpha) * clipped
+        variance = rule.alpha * variance + (1 - rule.alpha) * (clipped - mean) ** 2
+        return total
+
+    return Prepared(restore, call, lambda total: [total])
+
+
+def hand_adagc(model: Model, kind: str) -> Prepared:
+    rule = make_adagc(model)
+    past_gammas = with_past(rule, model, kind).state_dict()["gamma"].tolist()
+    gammas: list[float] = []
+
+    def restore() -> None:
+        model.restore()
+        gammas[:] = past_gammas
+
+    def call() -> list[float]:
+        norms = []
+        for index, parameter in enumerate(model.parameters):
+            norm = parameter.grad.norm().item()
+            limit = rule.relative_limit * gammas[index]
+            if norm > limit:
+                parameter.grad.mul_(limit / norm)
+            gammas[index] = rule.beta * gammas[index] + (1 - rule.beta) * min(norm, limit)
+            norms.append(norm)
+        return norms
+
+    return Prepared(restore, call, lambda norms: [math.hypot(*norms), *norms])
+
+
+def make_adagc(model: Model) -> AdaGC:
+    # Nothing is clipped in the warm-up, after which each gradient has the norm of its past.
+    return AdaGC(absolute_limit=10 * model.norm)
+
+
+def ours_autoclip(model: Model, kind: str) -> Prepared:
+    return ours_rule(functools.partial(AutoClip, PERCENTILE), model, kind)
+
+
+def ours_zclip(model: Model, kind: str) -> Prepared:
+    return ours_rule(ZClip, model, kind)
+
+
+def ours_adagc(model: Model, kind: str) -> Prepared:
+    return ours_rule(functools.partial(make_adagc, model), model, kind)
+
+
+# --- agc ---
+
+
+def ours_agc(model: Model, kind: str) -> Prepared:
+    return Prepared(
+        model.restore, lambda: adaptive_clip_grad_(model.parameters, CLIP_FACTORS[kind])
+    )
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Of each row, filter and so on; a tensor of one dimension or none is a single unit."""
+    if tensor.dim() < 2:
+        return tensor.norm()
+    return tensor.norm(dim=tuple(range(1, tensor.dim())), keepdim=True)
+
+
+def hand_agc(model: Model, kind: str) -> Prepared:
+    factor = CLIP_FACTORS[kind]
+
+    @torch.no_grad()
+    def call() -> None:
+        for parameter in model.parameters:
+            gradient = parameter.grad
+            limits = unit_norms(parameter).clamp(min=1e-3) * factor
+            norms = unit_norms(gradient)
+            clipped = gradient * (limits / norms.clamp(min=1e-6))
+            gradient.copy_(torch.where(norms > limits, clipped, gradient))
+
+    return Prepared(model.restore, call)
+
+
+# --- weight_decay ---
+
+
+def ours_weight_decay(model: Model, kind: str) -> Prepared:
+    max_norm = level(model, kind)
+
+    def call() -> Tensor:
+        add_weight_decay_(model.parameters, WEIGHT_DECAY)
+        return gradclip_ext.clip_grad_norm_(model.parameters, max_norm)
+
+    return Prepared(model.restore, call, read_total)
+
+
+def clipper_weight_decay(model: Model, kind: str) -> Prepared:
+    clipper = GradClipper(model.parameters, level(model, kind), weight_decay=WEIGHT_DECAY)
+    return Prepared(model.restore, clipper.clip_, read_total)
+
+
+def hand_weight_decay(model: Model, kind: str) -> Prepared:
+    max_norm = level(model, kind)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            for parameter in model.parameters:
+                parameter.grad.add_(parameter, alpha=WEIGHT_DECAY)
+        return torch.nn.utils.clip_grad_norm_(model.parameters, max_norm)
+
+    return Prepared(model.restore, call, read_total)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared, by name: always OURS, HAND and BARE, and what else there is."""
+
+    ways: dict[str, Way]
+    kinds: tuple[str, ...] = ("quiet", "clip")
+
+
+CASES = {
+    "norms": Case(
+        {
+            OURS: ours_norms,
+            HAND: hand_norms,
+            BARE: bare_norms,
+            "gradclip_ext, bare, of parameters": bare_norms_of_parameters,
+            "torch foreach": foreach_norms,
+        },
+        ("quiet",),
+    ),
+    "clip": Case(
+        {OURS: ours_clip, HAND: hand_clip, BARE: bare_clip, "torch foreach": foreach_clip}
+    ),
+    "autoclip": Case({OURS: ours_autoclip, HAND: hand_autoclip, BARE: bare_clip}),
+    "zclip": Case({OURS: ours_zclip, HAND: hand_zclip, BARE: bare_clip}),
+    "adagc": Case({OURS: ours_adagc, HAND: hand_adagc, BARE: bare_clip}),
+    "agc": Case({OURS: ours_agc, HAND: hand_agc, BARE: bare_clip}),
+    "weight_decay": Case(
+        {
+            OURS: ours_weight_decay,
+            HAND: hand_weight_decay,
+            BARE: bare_clip,
+            "GradClipper": clipper_weight_decay,
+        }
+    ),
+}
+
+
+def is_bare(name: str) -> bool:
+    """Whether it does less than the others, and need not give the same."""
+    return name.startswith(BARE)
+
+
+def done(prepared: Prepared) -> list[float]:
+    """Makes one step and returns the norms that it found."""
+    prepared.restore()
+    return prepared.read(prepared.call())
+
+
+def relative_error(
+    found: list[float], model: Model, expected: list[float], expected_gradients: list[Tensor]
+) -> float:
+    """The largest one: of the norms that both have, and of elements relative to the largest."""
+    errors = [
+        abs(one - other) / other
+        for one, other in zip(found, expected, strict=False)
+        if other > 0.0 or one != other
+    ]
+    worst = torch.zeros((), dtype=torch.float64, device=expected_gradients[0].device)
+    for gradient, other in zip(model.gradients, expected_gradients, strict=True):
+        error = (gradient.double() - other).abs().max() / other.abs().max()
+        worst = torch.maximum(worst, error.nan_to_num(nan=torch.inf))
+    errors.append(worst.item())
+    # NaN is not larger than anything, and JSON holds no infinity.
+    return min(1e300, max(math.inf if math.isnan(error) else error for error in errors))
+
+
+def checked(case: Case, kind: str, model: Model) -> dict[str, float]:
+    """The relative error of each way that can be compared with the one by hand in float64."""
+    truth = model.in_float64()
+    expected = done(case.ways[HAND](truth, kind))
+    errors = {}
+    for name, way in case.ways.items():
+        if is_bare(name):
+            continue
+        found = done(way(model, kind))
+        errors[name] = relative_error(found, model, expected, truth.gradients)
+    if not errors[OURS] <= TOLERANCE + TORCH_EPSILON / model.norm:
+        raise SystemExit(f"gradclip_ext is wrong, relative error {errors[OURS]:.2g}")
+    return errors
+
+
+def row_of(
+    workload: Workload,
+    name: str,
+    kind: str,
+    model: Model,
+    clock: CpuClock | CudaClock,
+    seconds: float,
+) -> dict[str, Any]:
+    """Checks and measures all ways of a case."""
+    case = CASES[name]
+    errors = checked(case, kind, model)
+    prepared = {way_name: way(model, kind) for way_name, way in case.ways.items()}
+    calls = {way_name: (way.restore, way.call) for way_name, way in prepared.items()}
+    implementations = measured(calls, clock, seconds)
+    for way_name, error in errors.items():
+        implementations[way_name]["relative_error"] = error
+        implementations[way_name]["believable"] = error <= BELIEVABLE
+    medians = {way_name: values["median_us"] for way_name, values in implementations.items()}
+    bares = [median for way_name, median in medians.items() if is_bare(way_name)]
+    return {
+        "workload": workload.name,
+        "case": name,
+        "kind": kind,
+        "dtype": "float32",
+        "tensors": len(model.gradients),
+        "elements": workload.elements,
+        "implementations": implementations,
+        "ratio": medians[HAND] / medians[OURS],
+        "ratio_to_bare": medians[OURS] / medians[BARE],
+        # To the slower of them, where one reads what the other is given.
+        "ratio_to_slowest_bare": medians[OURS] / max(bares),
+    }
+
+
+COLUMNS = {
+    "workload": -10,
+    "case": -12,
+    "kind": -5,
+    "tensors": 7,
+    "by hand us": 11,
+    "ours us": 10,
+    "20 % .. 80 %": 21,
+    "hand/ours": 9,
+    "bare us": 10,
+    "ours/bare": 9,
+    "others": -60,
+}
+
+
+def line_of(table: Table, row: dict[str, Any]) -> str:
+    implementations = row["implementations"]
+    ours, hand, bare = (implementations[name] for name in (OURS, HAND, BARE))
+    others = [
+        f"{name} {values['median_us']:.1f}" + ("" if values.get("believable", True) else "!")
+        for name, values in implementations.items()
+        if name not in (OURS, HAND, BARE)
+    ]
+    return table.line(
+        [
+            row["workload"],
+            row["case"],
+            row["kind"],
+            str(row["tensors"]),
+            f"{hand['median_us']:.1f}" + ("" if hand["believable"] else "!"),
+            f"{ours['median_us']:.1f}",
+            f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{bare['median_us']:.1f}",
+            f"{row['ratio_to_bare']:.3f}",
+            ", ".join(others),
+        ]
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=WORKLOADS,
+        default=list(DEFAULT_WORKLOADS),
+        metavar="NAME",
+        help=f"{', '.join(WORKLOADS)} (default: {', '.join(DEFAULT_WORKLOADS)})",
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="for each workload, case and kind (default: 4)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: one in bench/results, named for the run)"
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    facts = environment(device)
+    path = options.output or default_path(facts, "clipper")
+    table = Table(COLUMNS)
+    tqdm.write(table.head())
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    steps = [(name, kind) for name in options.cases for kind in CASES[name].kinds]
+    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    progress = tqdm(total=len(options.workloads) * len(steps), leave=False, disable=None)
+    for workload in (WORKLOADS[name] for name in options.workloads):
+        model = Model(workload, device)
+        for name, kind in steps:
+            progress.set_description(f"{workload.name} {name} {kind}")
+            rows.append(row_of(workload, name, kind, model, clock, options.seconds))
+            tqdm.write(line_of(table, rows[-1]))
+            progress.update()
+            # After every row, so that a run that is stopped has not been for nothing.
+            save({**facts, "seconds": options.seconds, "rows": rows}, path)
+        # Before the next ones are made: two of the largest together may not fit into the memory.
+        del model
+    progress.close()
+    if any(
+        not way.get("believable", True) for row in rows for way in row["implementations"].values()
+    ):
+        tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
+    tqdm.write(f"\n{time.perf_counter() - start:.0f} s. Data: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
