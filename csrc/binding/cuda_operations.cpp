@@ -70,30 +70,17 @@ cuda::Plan plan_of(const FlatIndex& index) {
   return plan;
 }
 
-DType native_result(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
 cuda::Scalar scalar_of(const Number& number) {
   if (number.is_known()) return {number.value, nullptr, DType::kFloat64};
-  return {0.0, number.tensor.const_data_ptr(), dtype_of(number.tensor)};
+  return {0.0, number.tensor.const_data_ptr(), *native_dtype(number.tensor.scalar_type())};
 }
 
 // Partial sums of all gradients, queued for the kernels that follow on the same stream.
 class Measurement {
  public:
-  Measurement(const Queue& queue, const Gradients& gradients, Norm norm, Precision precision)
-      : norm_(norm), index_(gradients.index_for_reading()) {
-    const cuda::Plan plan = plan_of(index_);
+  Measurement(const Queue& queue, const FlatIndex& index, Norm norm, Precision precision)
+      : norm_(norm) {
+    const cuda::Plan plan = plan_of(index);
     count_ = plan.partials();
     // Never nothing, since a null pointer means something else to the kernels.
     memory_ = queue.scratch(std::max<int64_t>(count_, 1));
@@ -104,7 +91,7 @@ class Measurement {
   void finish(const Queue& queue, double* power_sum, const at::Tensor& norm_result) const {
     void* result = norm_result.defined() ? norm_result.mutable_data_ptr() : nullptr;
     const at::ScalarType dtype = norm_result.defined() ? norm_result.scalar_type() : at::kDouble;
-    check(cuda::finish(norm_, partials(), count_, power_sum, native_result(dtype), result,
+    check(cuda::finish(norm_, partials(), count_, power_sum, *native_dtype(dtype), result,
                        queue.stream()));
   }
 
@@ -121,7 +108,6 @@ class Measurement {
 
  private:
   Norm norm_;
-  FlatIndex index_;
   int64_t count_ = 0;
   c10::DataPtr memory_;
 };
@@ -174,7 +160,7 @@ at::Tensor positions_on(const Queue& queue, const Gradients& gradients) {
 at::Tensor power_sum(const Gradients& gradients, Norm norm) {
   const Queue queue(gradients);
   const at::Tensor sum = queue.empty(at::kDouble);
-  const Measurement measurement(queue, gradients, norm, Precision::kFloat64);
+  const Measurement measurement(queue, gradients.index_for_reading(), norm, Precision::kFloat64);
   measurement.finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
   return sum;
 }
@@ -235,16 +221,16 @@ std::optional<at::Tensor> clip_grad_norm_(const Gradients& gradients, const Numb
   clip.norm = norm;
   clip.max_norm = scalar_of(max_norm);
   clip.norm_result = result.mutable_data_ptr();
-  clip.norm_dtype = native_result(result_dtype);
-  if (!error_if_nonfinite) {
-    const FlatIndex index = gradients.index_for_writing();
-    if (index.tensors() > 0 && cuda::fits_one_block(index) && !share_memory(index)) {
-      gradients.bump_versions();
-      check(cuda::clip_in_one_block(plan_of(index), precision, clip, queue.stream()));
-      return result;
-    }
+  clip.norm_dtype = *native_dtype(result_dtype);
+  const FlatIndex index = gradients.index_for_reading();
+  const bool is_small = index.tensors() > 0 && cuda::fits_one_block(index);
+  if (is_small && !error_if_nonfinite && !share_memory(index)) {
+    gradients.bump_versions();
+    const FlatIndex writable = gradients.index_for_writing();
+    check(cuda::clip_in_one_block(plan_of(writable), precision, clip, queue.stream()));
+    return result;
   }
-  const Measurement measurement(queue, gradients, norm, precision);
+  const Measurement measurement(queue, index, norm, precision);
   if (error_if_nonfinite && !std::isfinite(measurement.awaited_norm(queue))) return std::nullopt;
   gradients.bump_versions();
   if (measurement.count() == 0) {
@@ -261,7 +247,7 @@ std::optional<at::Tensor> get_total_norm(const Gradients& gradients, Norm norm, 
                                          bool error_if_nonfinite, at::ScalarType result_dtype) {
   const Queue queue(gradients);
   const at::Tensor result = queue.empty(result_dtype);
-  const Measurement measurement(queue, gradients, norm, precision);
+  const Measurement measurement(queue, gradients.index_for_reading(), norm, precision);
   if (error_if_nonfinite && !std::isfinite(measurement.awaited_norm(queue))) return std::nullopt;
   measurement.finish(queue, nullptr, result);
   return result;

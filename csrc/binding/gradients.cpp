@@ -6,7 +6,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
-#include <optional>
 
 namespace gradclip::binding {
 namespace {
@@ -18,26 +17,9 @@ const c10::DispatchKeySet kTransparentKeys =
     c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate,
                          c10::DispatchKey::Negative});
 
-std::optional<DType> native_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-    case at::kComplexFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-    case at::kComplexDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
 Span span_of(const at::Tensor& tensor, void* data) {
   const int64_t reals_per_element = c10::isComplexType(tensor.scalar_type()) ? 2 : 1;
-  return {data, tensor.numel() * reals_per_element, dtype_of(tensor)};
+  return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
 }
 
 bool is_engines(c10::DispatchKeySet keys) {
@@ -62,6 +44,23 @@ bool has_tangent(const at::Tensor& tensor) {
 
 }  // namespace
 
+std::optional<DType> native_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
 bool is_native(const at::Tensor& tensor) {
   return is_engines(tensor.key_set() - kTransparentKeys) && native_dtype(tensor.scalar_type()) &&
          !has_tangent(tensor) &&
@@ -73,8 +72,6 @@ bool is_flat(const at::Tensor& tensor) {
   return tensor.numel() == 0 || (tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense() &&
                                  tensor.const_data_ptr() != nullptr);
 }
-
-DType dtype_of(const at::Tensor& tensor) { return *native_dtype(tensor.scalar_type()); }
 
 bool operations_are_unobserved() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;

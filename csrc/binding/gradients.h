@@ -7,6 +7,7 @@
 #include <c10/core/DispatchKey.h>
 #include <c10/core/ScalarType.h>
 
+#include <optional>
 #include <vector>
 
 #include "core/flat_index.h"
@@ -32,8 +33,8 @@ bool is_native(const at::Tensor& tensor);
 // Whether its elements fill one block of memory, in whatever order of dimensions.
 bool is_flat(const at::Tensor& tensor);
 
-// The dtype as the engines know it, of a tensor that is native. Complex numbers are pairs of reals.
-DType dtype_of(const at::Tensor& tensor);
+// The dtype as the engines know it, where they do; complex numbers are pairs of reals.
+std::optional<DType> native_dtype(at::ScalarType dtype);
 
 // Whether nothing is active on this thread that expects to see every torch operation: a dispatch
 // mode, a functorch transform or a jit trace. (Function modes are Python's; see python_tensors.h.)
