@@ -147,8 +147,8 @@ class GradClipper:
         nonfinite: what to do with a norm that is NaN or infinite. ``"propagate"``: what torch does.
             ``"raise"``: a RuntimeError that names the culprits, with nothing changed. ``"zero"``:
             all gradients become 0. ``"skip"``: they stay as they are, and ``found_inf`` says so.
-        weight_decay: coupled L2 regularization, added to the gradients before they are measured;
-            see :func:`gradclip_ext.add_weight_decay_`.
+        weight_decay: coupled L2 regularization, added to the gradients before they are measured,
+            in the same pass; see :func:`gradclip_ext.add_weight_decay_`. Give the optimizer none.
 
     Attributes:
         found_inf: 1-element float32 tensor, 1 if the last norm was not finite, else 0. Once handed
@@ -234,12 +234,10 @@ class GradClipper:
         self._collection.refresh()
         parameters = self._collection.parameters
         groups = self._groups()
-        if self._weight_decay > 0.0:
+        if self._nonfinite == "raise" and self._weight_decay > 0.0:
             # Before anything is added: an error leaves the gradients as they were.
-            if self._nonfinite == "raise":
-                self._require_finite(_measured(parameters, self._order, "GradClipper", None)[0])
-            add_weight_decay_(parameters, self._weight_decay)
-        measured = [_measured(group, self._order, "GradClipper", None) for group in groups]
+            self._require_finite(_measured(parameters, self._order, "GradClipper", None)[0])
+        measured = [self._decayed_and_measured(group) for group in groups]
         total, norms = measured[0] if len(measured) == 1 else self._together(measured)
         is_finite = math.isfinite(total.item()) if _is_on_host(total) else total.isfinite()
         if self._nonfinite == "raise":
@@ -366,6 +364,14 @@ class GradClipper:
 
     def _group_names(self) -> list[tuple[str, ...]]:
         return [self._collection.names[own.start : own.stop] for own in self._ranges()]
+
+    def _decayed_and_measured(self, group: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if self._weight_decay > 0.0:
+            found = _C.decay_and_grad_norms(group, self._weight_decay, self._order, None)
+            if found is not None:
+                return found
+            add_weight_decay_(group, self._weight_decay)
+        return _measured(group, self._order, "GradClipper", None)
 
     def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The norm of all groups, and the norms of all gradients, where the first group lies."""

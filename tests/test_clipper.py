@@ -196,6 +196,53 @@ class TestClip:
         coefficient = ref.reference_coefficient(0.5, total)
         assert_gradients(model, [gradient * coefficient for gradient in expected])
 
+    @by_order
+    @pytest.mark.parametrize("dtype", [*ref.NATIVE_DTYPES, torch.complex64], ids=ref.name_of)
+    def test_weight_decay_in_one_pass(self, dtype, order):
+        # Around the borders of a run and of a worker, with none and with an empty gradient between.
+        shapes = [(300, 700), (5,), (0,), (129, 100), (1,), (90_001,), (17, 3)]
+        gradients = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+        values = [ref.random_gradient(shape, dtype, 50 + i) for i, shape in enumerate(shapes)]
+        parameters = []
+        for gradient, value in zip(gradients, values, strict=True):
+            parameters.append(nn.Parameter(value))
+            parameters[-1].grad = gradient.clone()
+        parameters.insert(3, nn.Parameter(torch.ones(4)))
+        versions = [p.grad._version for p in parameters if p.grad is not None]
+        norm = GradClipper(parameters, math.inf, norm_type=order, weight_decay=0.1).clip_()
+        after = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert all(g._version > v for g, v in zip(after, versions, strict=True))
+        assert norm.item() == pytest.approx(ref.reference_norm(after, order), rel=2e-7)
+        for found, gradient, value in zip(after, gradients, values, strict=True):
+            expected = ref.widened(gradient) + 0.1 * ref.widened(value)
+            # Two roundings of the sum, whose parts may cancel, to the dtype or to float32.
+            size = ref.widened(gradient).abs() + 0.1 * ref.widened(value).abs()
+            rounding = torch.finfo(dtype).eps
+            assert ((ref.widened(found) - expected).abs() <= size * rounding).all()
+
+    def test_weight_decay_where_parameter_and_gradient_lie_differently(self):
+        parameter = nn.Parameter(torch.arange(12.0).view(3, 4))
+        parameter.grad = torch.ones(4, 3).t()
+        other = nn.Parameter(torch.ones(9))
+        other.grad = torch.ones(10)[1:]
+        norm = GradClipper([parameter, other], math.inf, weight_decay=0.5).clip_()
+        expected = [1.0 + 0.5 * i for i in range(12)]
+        assert parameter.grad.flatten().tolist() == expected
+        assert other.grad.tolist() == [1.5] * 9
+        total = math.sqrt(sum(e * e for e in expected) + 9 * 1.5**2)
+        assert norm.item() == pytest.approx(total, rel=1e-6)
+
+    def test_weight_decay_of_a_shared_gradient_and_of_many_parameters(self):
+        parameter = nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        GradClipper([parameter, parameter], math.inf, weight_decay=0.5).clip_()
+        assert parameter.grad.tolist() == [1.5] * 3
+        many = [nn.Parameter(torch.full((3,), float(i))) for i in range(2500)]
+        for one in many:
+            one.grad = torch.ones(3)
+        GradClipper(many, math.inf, weight_decay=2.0).clip_()
+        assert all(one.grad.tolist() == [1.0 + 2.0 * i] * 3 for i, one in enumerate(many))
+
     def test_parameters_without_gradients(self):
         model = make_model()
         model[0].bias.grad = None

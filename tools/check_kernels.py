@@ -33,6 +33,8 @@ DTYPES = 4
 # How many loops over whole runs each kernel has for each dtype.
 LOOPS = {
     "power_sums_kernel": 1,
+    # It reads two vectors at a time, and what it has just written.
+    "decay_and_power_sums_kernel": 0,
     "scale_kernel": 1,
     "scale_each_kernel": 1,
     "clamp_kernel": 1,

@@ -59,17 +59,16 @@ std::vector<double> norms_of_tensors(const FlatIndex& index, Norm norm,
 }  // namespace
 
 double power_sum(const Gradients& gradients, Norm norm, Precision precision) {
-  return power_sum(gradients, norm, precision, nullptr);
+  return power_sum(gradients.index_for_reading(), norm, precision, nullptr, nullptr);
 }
 
-double power_sum(const Gradients& gradients, Norm norm, Precision precision,
+double power_sum(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
                  std::vector<double>* norms) {
-  const FlatIndex index = gradients.index_for_reading();
   if (index.tensors() == 0) return 0.0;
   std::vector<double> slots(
       static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
   for_all_workers(index, /*serial=*/false, [&](Range workers) {
-    cpu::power_sums(index, norm, precision, workers, slots.data());
+    cpu::power_sums(index, norm, precision, decay, workers, slots.data());
   });
   PowerSum total(norm);
   for (const double partial : slots) total.add(partial);

@@ -7,14 +7,16 @@
 #include <vector>
 
 #include "binding/gradients.h"
+#include "core/decay.h"
 #include "core/norm.h"
 
 namespace gradclip::binding::cpu_engine {
 
 double power_sum(const Gradients& gradients, Norm norm, Precision precision);
 
-// The same, and the norm of each tensor that is not empty.
-double power_sum(const Gradients& gradients, Norm norm, Precision precision,
+// The same of an index, and the norm of each of its tensors. With `decay`, which may be null, the
+// gradients are changed first.
+double power_sum(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
                  std::vector<double>* norms);
 
 // With a coefficient for each tensor that is not empty; see the engine.

@@ -178,17 +178,17 @@ void clamp_(const Gradients& gradients, double bound) {
         [&](const cuda::Plan& plan) { return cuda::clamp(plan, bound, queue.stream()); });
 }
 
-Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
-  const Queue queue(gradients);
-  const FlatIndex index = gradients.index_for_reading();
-  const cuda::Plan plan = plan_of(index);
+// The norms from launch(partials, slots), which measures with one plan.
+template <class Launch>
+Norms launched_norms(const Queue& queue, const Gradients& gradients, int64_t tensors,
+                     const cuda::Plan& plan, Norm norm, const Launch& launch) {
   const at::Tensor total = queue.empty(at::kDouble);
-  const at::Tensor compact = queue.empty(at::kDouble, {index.tensors()});
+  const at::Tensor compact = queue.empty(at::kDouble, {tensors});
   const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan.partials(), 1));
   const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan.slots(), 1));
   double* partial = static_cast<double*>(partials.get());
   double* slot = static_cast<double*>(slots.get());
-  check(cuda::power_sums(plan, norm, precision, partial, slot, queue.stream()));
+  check(launch(partial, slot));
   check(cuda::finish(norm, partial, plan.partials(), nullptr, DType::kFloat64,
                      total.mutable_data_ptr(), queue.stream()));
   check(cuda::tensor_norms(plan, norm, slot, compact.mutable_data_ptr<double>(), queue.stream()));
@@ -198,6 +198,35 @@ Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
   each.zero_();
   each.index_copy_(0, positions, compact);
   return {total, each};
+}
+
+Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision) {
+  const Queue queue(gradients);
+  const FlatIndex index = gradients.index_for_reading();
+  const cuda::Plan plan = plan_of(index);
+  return launched_norms(
+      queue, gradients, index.tensors(), plan, norm, [&](double* partials, double* slots) {
+        return cuda::power_sums(plan, norm, precision, partials, slots, queue.stream());
+      });
+}
+
+std::optional<Norms> decay_and_grad_norms(const Gradients& gradients, const FlatIndex& index,
+                                          const Decay& decay, Norm norm, Precision precision) {
+  for (int64_t i = 0; i < index.tensors(); ++i) {
+    const auto gradient = reinterpret_cast<uintptr_t>(index.spans()[static_cast<size_t>(i)].data);
+    if ((gradient ^ reinterpret_cast<uintptr_t>(decay.parameters[i])) & 15) return std::nullopt;
+  }
+  const Queue queue(gradients);
+  cuda::Plan plan;
+  const cudaError_t error = cuda::Plan::make_for_decay(index, &plan);
+  if (error == cudaErrorNotSupported) return std::nullopt;
+  check(error);
+  gradients.bump_versions();
+  return launched_norms(queue, gradients, index.tensors(), plan, norm,
+                        [&](double* partials, double* slots) {
+                          return cuda::decay_and_power_sums(plan, norm, precision, decay, partials,
+                                                            slots, queue.stream());
+                        });
 }
 
 bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients) {

@@ -10,6 +10,7 @@
 
 #include "binding/gradients.h"
 #include "binding/operations.h"
+#include "core/decay.h"
 #include "core/norm.h"
 
 namespace gradclip::binding::cuda_engine {
@@ -22,6 +23,11 @@ void scale_(const Gradients& gradients, const Number& coefficient);
 void clamp_(const Gradients& gradients, double bound);
 
 Norms grad_norms(const Gradients& gradients, Norm norm, Precision precision);
+
+// `index` is that of the gradients, for writing. nullopt, with nothing written, where the engine
+// cannot do it.
+std::optional<Norms> decay_and_grad_norms(const Gradients& gradients, const FlatIndex& index,
+                                          const Decay& decay, Norm norm, Precision precision);
 
 bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients);
 

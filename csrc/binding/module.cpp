@@ -1,4 +1,4 @@
-// The functions that Python calls, and their table. The first seven return None (or False) instead
+// The functions that Python calls, and their table. The first eight return None (or False) instead
 // of a result to say "not for the native way; nothing was changed", and gradclip_ext/_general.py
 // takes over.
 #include <pybind11/pybind11.h>
@@ -106,6 +106,11 @@ bool py_clip_grad_value_(py::handle parameters, double clip_value) {
   return true;
 }
 
+py::object wrap_norms(const Norms& norms) {
+  return py::make_tuple(py::reinterpret_steal<py::object>(wrap(norms.total)),
+                        py::reinterpret_steal<py::object>(wrap(norms.each)));
+}
+
 py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dtype) {
   const std::optional<Norm> norm = native_norm(norm_type);
   Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
@@ -116,8 +121,25 @@ py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dty
     py::gil_scoped_release release;
     norms = grad_norms(gradients, *norm, result_dtype);
   }
-  return py::make_tuple(py::reinterpret_steal<py::object>(wrap(norms.total)),
-                        py::reinterpret_steal<py::object>(wrap(norms.each)));
+  return wrap_norms(norms);
+}
+
+py::object py_decay_and_grad_norms(py::handle parameters, double weight_decay, double norm_type,
+                                   py::handle dtype) {
+  const std::optional<Norm> norm = native_norm(norm_type);
+  Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
+  Gradients values(/*accept_complex=*/norm == Norm::kL2);
+  if (!norm || !gather_native(parameters, Read::kGrads, &gradients) ||
+      !gather_native(parameters, Read::kParametersWithGrads, &values)) {
+    return py::none();
+  }
+  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
+  std::optional<Norms> norms;
+  {
+    py::gil_scoped_release release;
+    norms = decay_and_grad_norms(gradients, values, weight_decay, *norm, result_dtype);
+  }
+  return norms ? wrap_norms(*norms) : py::none();
 }
 
 bool py_scale_grads_(py::handle parameters, py::handle coefficient) {
@@ -205,6 +227,8 @@ PYBIND11_MODULE(_C, m) {
         arg("total_norm"));
   m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
   m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"));
+  m.def("decay_and_grad_norms", &py_decay_and_grad_norms, arg("parameters"), arg("weight_decay"),
+        arg("norm_type"), arg("dtype"));
   m.def("scale_grads_", &py_scale_grads_, arg("parameters"), arg("coefficient"));
   m.def("scale_each_", &py_scale_each_, arg("parameters"), arg("coefficients"));
   m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "binding/cpu_operations.h"
+#include "core/overlap.h"
 #if GRADCLIP_WITH_CUDA
 #include "binding/cuda_operations.h"
 #endif
@@ -18,6 +19,33 @@ namespace {
 // What a sum has to be good for, for a result of that dtype.
 Precision precision_for(at::ScalarType dtype) {
   return dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
+}
+
+Norms norms_on_cpu(const Gradients& gradients, const FlatIndex& index, Norm norm,
+                   Precision precision, const Decay* decay) {
+  std::vector<double> norms;
+  const double sum = cpu_engine::power_sum(index, norm, precision, decay, &norms);
+  const at::Tensor each(at::detail::empty_cpu({gradients.listed()}, at::kDouble));
+  double* values = each.mutable_data_ptr<double>();
+  std::fill_n(values, gradients.listed(), 0.0);
+  const std::vector<int64_t> positions = gradients.positions();
+  for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
+  return {cpu_engine::scalar_tensor(finish(norm, sum), at::kDouble), each};
+}
+
+// Whether the elements of each parameter are those of its gradient, one by one.
+bool lie_alike(const Gradients& gradients, const Gradients& parameters) {
+  const std::vector<at::Tensor>& ours = gradients.tensors();
+  const std::vector<at::Tensor>& theirs = parameters.tensors();
+  return std::equal(ours.begin(), ours.end(), theirs.begin(), theirs.end(),
+                    [](const at::Tensor& gradient, const at::Tensor& parameter) {
+                      return gradient.scalar_type() == parameter.scalar_type() &&
+                             gradient.device() == parameter.device() &&
+                             gradient.sizes() == parameter.sizes() &&
+                             gradient.strides() == parameter.strides() &&
+                             gradient.is_conj() == parameter.is_conj() &&
+                             gradient.is_neg() == parameter.is_neg();
+                    });
 }
 
 }  // namespace
@@ -57,14 +85,28 @@ Norms grad_norms(const Gradients& gradients, Norm norm, std::optional<at::Scalar
 #if GRADCLIP_WITH_CUDA
   if (gradients.are_on_gpu()) return cuda_engine::grad_norms(gradients, norm, precision);
 #endif
-  std::vector<double> norms;
-  const double sum = cpu_engine::power_sum(gradients, norm, precision, &norms);
-  const at::Tensor each(at::detail::empty_cpu({gradients.listed()}, at::kDouble));
-  double* values = each.mutable_data_ptr<double>();
-  std::fill_n(values, gradients.listed(), 0.0);
-  const std::vector<int64_t> positions = gradients.positions();
-  for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
-  return {cpu_engine::scalar_tensor(finish(norm, sum), at::kDouble), each};
+  return norms_on_cpu(gradients, gradients.index_for_reading(), norm, precision, nullptr);
+}
+
+std::optional<Norms> decay_and_grad_norms(const Gradients& gradients, const Gradients& parameters,
+                                          double factor, Norm norm,
+                                          std::optional<at::ScalarType> dtype) {
+  RECORD_FUNCTION("gradclip_ext::decay_and_grad_norms", {});
+  if (!lie_alike(gradients, parameters)) return std::nullopt;
+  const FlatIndex index = gradients.index_for_writing();
+  if (share_memory(index)) return std::nullopt;
+  const FlatIndex parameter_index = parameters.index_for_reading();
+  std::vector<const void*> pointers;
+  for (const Span& span : parameter_index.spans()) pointers.push_back(span.data);
+  const Decay decay = {factor, pointers.data()};
+  const Precision precision = precision_for(dtype.value_or(gradients.norm_dtype()));
+#if GRADCLIP_WITH_CUDA
+  if (gradients.are_on_gpu()) {
+    return cuda_engine::decay_and_grad_norms(gradients, index, decay, norm, precision);
+  }
+#endif
+  gradients.bump_versions();
+  return norms_on_cpu(gradients, index, norm, precision, &decay);
 }
 
 bool scale_each_(const Gradients& gradients, const at::Tensor& coefficients) {

@@ -44,6 +44,12 @@ struct Norms {
 };
 Norms grad_norms(const Gradients& gradients, Norm norm, std::optional<at::ScalarType> dtype);
 
+// The same after `factor` times its parameter was added to each gradient, in one pass. nullopt,
+// with nothing written, where the parameters do not lie in memory as the gradients do.
+std::optional<Norms> decay_and_grad_norms(const Gradients& gradients, const Gradients& parameters,
+                                          double factor, Norm norm,
+                                          std::optional<at::ScalarType> dtype);
+
 // Multiplies each gradient by the coefficient at the place of its parameter, of a 1-D tensor in
 // float64 that lies where the gradients do: 1 writes nothing, 0 clears, also NaN and infinity.
 // False, with nothing written, where gradients on a GPU share memory.

@@ -41,9 +41,18 @@ bool add_grad_attribute(PyObject* parameter, Gradients* gradients) {
 bool add(PyObject* item, Read read, Gradients* gradients) {
   if (!THPVariable_CheckExact(item)) {
     if (!THPVariable_Check(item)) return false;
+    if (read == Read::kParametersWithGrads) return false;
     if (read == Read::kGrads) return add_grad_attribute(item, gradients);
   }
   const at::Tensor& tensor = THPVariable_Unpack(item);
+  if (read == Read::kParametersWithGrads) {
+    if (tensor.unsafeGetTensorImpl()->grad().defined()) {
+      gradients->add(tensor);
+    } else {
+      gradients->skip();
+    }
+    return tensor.is_leaf();
+  }
   const at::Tensor& read_tensor =
       read == Read::kGrads ? tensor.unsafeGetTensorImpl()->grad() : tensor;
   if (!read_tensor.defined()) {

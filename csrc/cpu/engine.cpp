@@ -23,8 +23,8 @@ Range tiles_of_workers(const FlatIndex& index, Range workers) {
 
 int64_t worker_count(const FlatIndex& index) { return std::min(index.tiles(), kMaxWorkers); }
 
-void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range workers,
-                double* slots) noexcept {
+void power_sums(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
+                Range workers, double* slots) noexcept {
   const Kernels& kernel = kernels();
   const int64_t count = worker_count(index);
   const int64_t first_tile = tiles_of_workers(index, workers).begin;
@@ -43,6 +43,12 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range wo
         sum = PowerSum(norm);
         if (own_slot == slot + 2) slots[slot + 1] = 0.0;
         slot = own_slot;
+      }
+      if (decay != nullptr) {
+        const void* start = index.spans()[static_cast<size_t>(visited)].data;
+        const int64_t offset = static_cast<char*>(run.data) - static_cast<const char*>(start);
+        kernel.add_scaled(run, static_cast<const char*>(decay->parameters[visited]) + offset,
+                          decay->factor);
       }
       sum.add(kernel.power_sum(norm, precision, run));
     });

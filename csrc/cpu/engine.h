@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/decay.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
 
@@ -16,8 +17,9 @@ int64_t worker_count(const FlatIndex& index);
 
 // Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
 // after all workers ran, every one of the slot_count(tensors, workers) slots is written.
-void power_sums(const FlatIndex& index, Norm norm, Precision precision, Range workers,
-                double* slots) noexcept;
+// With `decay`, which may be null, each run of a gradient is changed right before it is measured.
+void power_sums(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
+                Range workers, double* slots) noexcept;
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
 

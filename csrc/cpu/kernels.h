@@ -21,6 +21,8 @@ struct Kernels {
   double (*power_sum)(Norm norm, Precision precision, const Span& run);
   // Multiplies in place, rounding each element once.
   void (*scale)(const Span& run, double coefficient);
+  // Adds `factor` times as many other numbers of the same dtype.
+  void (*add_scaled)(const Span& run, const void* others, double factor);
   // Limits each element to [-bound, bound] in place; NaN stays NaN.
   void (*clamp)(const Span& run, double bound);
 };

@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 32;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", power_sum, scale, clamp};
+const Kernels kAvx2Kernels = {"avx2", power_sum, scale, add_scaled, clamp};
 
 }  // namespace gradclip::cpu
 #endif

@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 64;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", power_sum, scale, clamp};
+const Kernels kAvx512Kernels = {"avx512", power_sum, scale, add_scaled, clamp};
 
 }  // namespace gradclip::cpu
 #endif

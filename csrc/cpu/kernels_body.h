@@ -312,6 +312,27 @@ void multiply(double* values, int64_t count, double coefficient) {
   for (; i < count; ++i) values[i] *= coefficient;
 }
 
+template <class Element>
+void add_multiple(Element* values, const Element* others, int64_t count, double factor) {
+  const float float_factor = static_cast<float>(factor);
+  int64_t i = 0;
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+    const TwoFloats two = load_two(values + i);
+    const TwoFloats other = load_two(others + i);
+    store_two({two.first + other.first * float_factor, two.second + other.second * float_factor},
+              values + i);
+  }
+  for (; i < count; ++i) narrow(widen(values[i]) + widen(others[i]) * float_factor, values + i);
+}
+
+void add_multiple(double* values, const double* others, int64_t count, double factor) {
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    store(load(values + i) + load(others + i) * factor, values + i);
+  }
+  for (; i < count; ++i) values[i] += others[i] * factor;
+}
+
 // Written so that NaN, for which no comparison holds, is kept.
 template <class Value>
 GRADCLIP_INLINE Value limited(Value value, Value bound) {
@@ -364,6 +385,13 @@ double power_sum(Norm norm, Precision precision, const Span& run) {
 
 void scale(const Span& run, double coefficient) {
   with_elements(run, [&](auto* values) { multiply(values, run.numel, coefficient); });
+}
+
+void add_scaled(const Span& run, const void* others, double factor) {
+  with_elements(run, [&](auto* values) {
+    add_multiple(values, static_cast<decltype(values)>(const_cast<void*>(others)), run.numel,
+                 factor);
+  });
 }
 
 void clamp(const Span& run, double bound) {

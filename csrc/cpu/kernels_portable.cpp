@@ -17,6 +17,6 @@ constexpr int kVectorBytes = 16;
 #include "cpu/kernels_body.h"
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", power_sum, scale, clamp};
+const Kernels kPortableKernels = {"portable", power_sum, scale, add_scaled, clamp};
 
 }  // namespace gradclip::cpu

@@ -70,17 +70,18 @@ struct Sums {
   }
 };
 
-// Measures the worker's tiles; returns, in the first thread, the worker's power sum. With
-// kPerTensor each (tensor, worker) pair that meets also gets its own in slots[tensor + worker], and
-// slots that no pair owns get 0. The total is added up in the same way with and without.
-template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
-__device__ __forceinline__ double measured_worker(const AnyTable& table, int worker, bool exact,
-                                                  double* slots) {
+// Measures the worker's tiles with measure_part(tensor, segment, sums); returns, in the first
+// thread, the worker's power sum. With kPerTensor each (tensor, worker) pair that meets also gets
+// its own in slots[tensor + worker], and slots that no pair owns get 0. The total is added up in
+// the same way with and without.
+template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable, class MeasurePart>
+__device__ __forceinline__ double measured_worker(const AnyTable& table, int worker, double* slots,
+                                                  const MeasurePart& measure_part) {
   const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
   Sums<kNorm, kPerTensor> sums = {Accumulator<kNorm>::zero(), Accumulator<kNorm>::zero()};
   for_segments<true>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
     with_dtype<kThreads>(data, numel, dtype,
-                         [&](const auto& segment) { measure<kNorm>(segment, exact, &sums); });
+                         [&](const auto& segment) { measure_part(tensor, segment, &sums); });
     if constexpr (kPerTensor) {
       const double of_tensor = block_total<kThreads>(sums.tensor).value();
       sums.tensor = Accumulator<kNorm>::zero();
@@ -99,12 +100,35 @@ __device__ __forceinline__ double measured_worker(const AnyTable& table, int wor
   return block_total<kThreads>(sums.total).value();
 }
 
+template <class AnyTable>
+__device__ __forceinline__ void leave_partial(const AnyTable& table, int worker, double sum,
+                                              double* partials) {
+  if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
+}
+
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
 __device__ __forceinline__ void power_sums_body(const AnyTable& table, bool exact, double* partials,
                                                 double* slots) {
   const int worker = static_cast<int>(blockIdx.x);
-  const double sum = measured_worker<kNorm, kPerTensor, kThreads>(table, worker, exact, slots);
-  if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
+  const double sum = measured_worker<kNorm, kPerTensor, kThreads>(
+      table, worker, slots,
+      [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, exact, sums); });
+  leave_partial(table, worker, sum, partials);
+}
+
+// As power_sums_body, after a multiple of each parameter was added to its gradient.
+template <Norm kNorm, int kThreads, class AnyDecayTable>
+__device__ __forceinline__ void decay_and_power_sums_body(const AnyDecayTable& decay, bool exact,
+                                                          double* partials, double* slots) {
+  const auto& table = decay.gradients;
+  const int worker = static_cast<int>(blockIdx.x);
+  const double sum = measured_worker<kNorm, true, kThreads>(
+      table, worker, slots, [&](int tensor, const auto& segment, auto* sums) {
+        const int64_t offset = segment.data - static_cast<char*>(table.data[tensor]);
+        const char* parameter = static_cast<const char*>(decay.parameters[tensor]) + offset;
+        decay_and_measure<kNorm>(segment, parameter, decay.factor, exact, sums);
+      });
+  leave_partial(table, worker, sum, partials);
 }
 
 // The power sum of all workers, in the first thread. Every block adds in the same order.
@@ -244,7 +268,9 @@ __device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) 
 template <Norm kNorm, int kThreads, class AnyTable>
 __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, bool exact,
                                                        const Clip& clip) {
-  const double sum = measured_worker<kNorm, false, kThreads>(table, 0, exact, nullptr);
+  const double sum = measured_worker<kNorm, false, kThreads>(
+      table, 0, nullptr,
+      [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, exact, sums); });
   scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
 }
 

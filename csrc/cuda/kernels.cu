@@ -14,6 +14,8 @@ constexpr int kThreads = 256;
 // What the compiler chooses registers for: 40. Left alone it aims at 8 blocks and 32 registers, and
 // asks for the fourth vector of a run only when the first is used up.
 constexpr int kResidentBlocks = 6;
+// Of the kernel that reads parameters as well, which would spill for 12.0 otherwise.
+constexpr int kResidentDecayBlocks = 4;
 // More, where one block is all there is.
 constexpr int kThreadsOfOneBlock = 512;
 
@@ -32,6 +34,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     power_sums_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, bool exact, double* partials,
                       double* slots) {
   power_sums_body<kNorm, kPerTensor, kThreads>(table, exact, partials, slots);
+}
+
+template <Norm kNorm, class AnyDecayTable>
+__global__ void __launch_bounds__(kThreads, kResidentDecayBlocks)
+    decay_and_power_sums_kernel(GRADCLIP_GRID_CONSTANT(AnyDecayTable) decay, bool exact,
+                                double* partials, double* slots) {
+  decay_and_power_sums_body<kNorm, kThreads>(decay, exact, partials, slots);
 }
 
 template <class AnyTable>
@@ -140,11 +149,24 @@ class Launcher {
     return cudaSuccess;
   }
 
-  static void split(const FlatIndex& index, const Facts& facts, Plan* plan) {
+  // The same with tables that also hold the parameters.
+  template <class Work>
+  static cudaError_t for_decay_tables(const Plan& plan, const Decay& decay, const Work& work) {
+    for (const Plan::Part& part : plan.parts_) {
+      const int64_t tensors = part.tensors.end - part.tensors.begin;
+      const cudaError_t error = tensors <= kSmallTable
+                                    ? work(decay_table_of<kSmallTable>(plan, part, decay))
+                                    : work(decay_table_of<kLargeDecayTable>(plan, part, decay));
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  static void split(const FlatIndex& index, const Facts& facts, int64_t capacity, Plan* plan) {
     plan->index_ = &index;
     int64_t workers = 0;
-    for (int64_t begin = 0; begin < index.tensors(); begin += facts.largest_table) {
-      const int64_t end = std::min<int64_t>(begin + facts.largest_table, index.tensors());
+    for (int64_t begin = 0; begin < index.tensors(); begin += capacity) {
+      const int64_t end = std::min<int64_t>(begin + capacity, index.tensors());
       const int64_t behind = end < index.tensors() ? index.first_tile(end) : index.tiles();
       const int64_t tiles = behind - index.first_tile(begin);
       const int64_t own =
@@ -158,10 +180,29 @@ class Launcher {
 
  private:
   template <int kCapacity>
+  static DecayTable<kCapacity> decay_table_of(const Plan& plan, const Plan::Part& part,
+                                              const Decay& decay) {
+    DecayTable<kCapacity> table;
+    fill(plan, part, &table.gradients);
+    for (int32_t i = 0; i < table.gradients.tensors; ++i) {
+      table.parameters[i] = decay.parameters[part.tensors.begin + i];
+    }
+    table.factor = decay.factor;
+    return table;
+  }
+
+  template <int kCapacity>
   static Table<kCapacity> table_of(const Plan& plan, const Plan::Part& part) {
-    const FlatIndex& index = *plan.index_;
     // Not initialized: what lies behind the last tensor is never read.
     Table<kCapacity> table;
+    fill(plan, part, &table);
+    return table;
+  }
+
+  template <int kCapacity>
+  static void fill(const Plan& plan, const Plan::Part& part, Table<kCapacity>* result) {
+    const FlatIndex& index = *plan.index_;
+    Table<kCapacity>& table = *result;
     table.tensors = static_cast<int32_t>(part.tensors.end - part.tensors.begin);
     table.tiles = static_cast<uint32_t>(part.tiles);
     table.workers = part.workers;
@@ -175,7 +216,6 @@ class Launcher {
       table.numel_and_dtype[i] = pack(span.numel, span.dtype);
       table.first_tile[i] = static_cast<uint32_t>(index.first_tile(tensor) - first_tile);
     }
-    return table;
   }
 };
 
@@ -190,10 +230,19 @@ const char* built_architectures() {
 #endif
 }
 
+cudaError_t Plan::make_for_decay(const FlatIndex& index, Plan* plan) {
+  Facts facts;
+  const cudaError_t error = facts_of_current_device(&facts);
+  if (error != cudaSuccess) return error;
+  if (facts.largest_table < kLargeTable) return cudaErrorNotSupported;
+  Launcher::split(index, facts, kLargeDecayTable, plan);
+  return cudaSuccess;
+}
+
 cudaError_t Plan::make(const FlatIndex& index, Plan* plan) {
   Facts facts;
   const cudaError_t error = facts_of_current_device(&facts);
-  if (error == cudaSuccess) Launcher::split(index, facts, plan);
+  if (error == cudaSuccess) Launcher::split(index, facts, facts.largest_table, plan);
   return error;
 }
 
@@ -229,6 +278,20 @@ cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double*
       const auto kernel = slots == nullptr ? &power_sums_kernel<kNorm, false, AnyTable>
                                            : &power_sums_kernel<kNorm, true, AnyTable>;
       return launch_kernel(kernel, table.workers, kThreads, stream, false, table, exact, partials,
+                           slots);
+    });
+  });
+}
+
+cudaError_t decay_and_power_sums(const Plan& plan, Norm norm, Precision precision,
+                                 const Decay& decay, double* partials, double* slots,
+                                 cudaStream_t stream) {
+  const bool exact = precision == Precision::kFloat64;
+  return with_norm(norm, [&](auto constant) {
+    return Launcher::for_decay_tables(plan, decay, [&](const auto& table) {
+      using AnyDecayTable = std::decay_t<decltype(table)>;
+      return launch_kernel(&decay_and_power_sums_kernel<decltype(constant)::value, AnyDecayTable>,
+                           table.gradients.workers, kThreads, stream, false, table, exact, partials,
                            slots);
     });
   });

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/decay.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
 #include "cuda/clip.h"
@@ -20,6 +21,9 @@ class Plan {
  public:
   // `index` has to outlive the plan, which is for the current device.
   static cudaError_t make(const FlatIndex& index, Plan* plan);
+
+  // For decay_and_power_sums; cudaErrorNotSupported where tables of that size cannot be passed.
+  static cudaError_t make_for_decay(const FlatIndex& index, Plan* plan);
 
   // How many doubles the launches below write: one a worker; and where each tensor's norm is asked
   // for, one for each slot.
@@ -49,6 +53,12 @@ bool fits_one_block(const FlatIndex& index);
 // Writes the power sum of each worker; with `slots`, also that of each (tensor, worker) pair.
 cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double* partials,
                        double* slots, cudaStream_t stream);
+
+// The same with slots, after the decay was added to the gradients, which it writes. Each parameter
+// has to lie as its gradient does, relative to 16 bytes.
+cudaError_t decay_and_power_sums(const Plan& plan, Norm norm, Precision precision,
+                                 const Decay& decay, double* partials, double* slots,
+                                 cudaStream_t stream);
 
 // From partials of any number of plans, side by side, to one power sum or one norm.
 cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,

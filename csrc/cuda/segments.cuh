@@ -183,6 +183,56 @@ __device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment
   }
 }
 
+// Adds a multiple of the parameters to one run of gradients.
+template <DType kDType, int kThreads, bool kWhole>
+__device__ __forceinline__ void decay_run(uint4* gradients, const uint4* parameters, int64_t left,
+                                          typename Elements<kDType>::Number factor) {
+  using Format = Elements<kDType>;
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    if (!kWhole && k * kThreads >= left) break;
+    typename Format::Number numbers[Format::kCount];
+    typename Format::Number others[Format::kCount];
+    Format::unpack(gradients[k * kThreads], numbers);
+    Format::unpack(parameters[k * kThreads], others);
+#pragma unroll
+    for (int j = 0; j < Format::kCount; ++j) numbers[j] = fma(others[j], factor, numbers[j]);
+    gradients[k * kThreads] = Format::pack(numbers);
+  }
+}
+
+// As measure, after a multiple of the parameter was added. Each thread measures what it has written
+// itself, while that is still in the cache. The parameter has to lie as the gradient does, relative
+// to 16 bytes.
+template <Norm kNorm, DType kDType, int kThreads, class Sums>
+__device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads>& segment,
+                                                  const char* parameter, double factor, bool exact,
+                                                  Sums* sums) {
+  using Format = Elements<kDType>;
+  using Number = typename Format::Number;
+  constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
+  const int thread = static_cast<int>(threadIdx.x);
+  const Number own_factor = static_cast<Number>(factor);
+  segment.for_ends([&](int64_t i) {
+    const Number gradient = Format::get(segment.data, i);
+    Format::put(segment.data, i, fma(Format::get(parameter, i), own_factor, gradient));
+    sums->add(map<kNorm>(static_cast<double>(Format::get(segment.data, i))));
+  });
+  uint4* vectors = segment.body() + thread;
+  const uint4* others =
+      reinterpret_cast<const uint4*>(parameter + segment.head * Format::kBytes) + thread;
+  int64_t left = segment.vectors;
+#pragma unroll 1
+  for (; left >= kGroup; left -= kGroup, vectors += kGroup, others += kGroup) {
+    decay_run<kDType, kThreads, true>(vectors, others, left - thread, own_factor);
+    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, exact));
+  }
+  if (left > 0) {
+    decay_run<kDType, kThreads, false>(vectors, others, left - thread, own_factor);
+    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, exact));
+  }
+}
+
 // Multiplies by a coefficient that was rounded to the numbers' own precision.
 struct Multiply {
   float factor;

@@ -27,6 +27,14 @@ struct Table {
   int32_t first_tensor;
 };
 
+// The same with the parameters whose decay is added to these gradients: 28 bytes a tensor.
+template <int kCapacity>
+struct DecayTable {
+  Table<kCapacity> gradients;
+  const void* parameters[kCapacity];
+  double factor;
+};
+
 inline constexpr int kDTypeShift = 56;
 
 GRADCLIP_HOST_DEVICE constexpr uint64_t pack(int64_t numel, DType dtype) {
@@ -47,5 +55,7 @@ GRADCLIP_HOST_DEVICE constexpr DType dtype_of(uint64_t packed) {
 inline constexpr int kSmallTable = 40;
 inline constexpr int kMediumTable = 190;
 inline constexpr int kLargeTable = 1600;
+// Only where 32,764 bytes are allowed.
+inline constexpr int kLargeDecayTable = 1100;
 
 }  // namespace gradclip::cuda

@@ -102,8 +102,9 @@ void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
 double measured(const FlatIndex& index, Norm norm, Precision precision, int64_t threads) {
   const size_t slots = static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index)));
   std::vector<double> scratch(slots + 1, kNaN);
-  on_threads(index, threads,
-             [&](Range range) { cpu::power_sums(index, norm, precision, range, scratch.data()); });
+  on_threads(index, threads, [&](Range range) {
+    cpu::power_sums(index, norm, precision, nullptr, range, scratch.data());
+  });
   PowerSum total(norm);
   for (size_t i = 0; i < slots; ++i) {
     CHECK(!std::isnan(scratch[i]));
