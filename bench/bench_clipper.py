@@ -383,7 +383,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
     """Of each row, filter and so on; a tensor of one dimension or none is a single unit."""
     if tensor.dim() < 2:
         return tensor.norm()
-    return tensor.norm(dim=tuple(range(1, tensor.dim())), keepdim=True)
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
 
 
 def hand_agc(model: Model, kind: str) -> Prepared:

@@ -474,9 +474,10 @@ def adaptive_clip_grad_(
     .. math:: \text{limit}_i = \text{clip\_factor} \cdot \max(\lVert W_i \rVert, \text{eps})
 
     it is scaled in place by :math:`\text{limit}_i / \max(\lVert G_i \rVert, 10^{-6})`. The norms
-    are computed in float64 and a 16-bit gradient is rounded once. A unit whose gradient is not
-    finite is left as it is. The method is that of Brock, De, Smith and Simonyan, "High-Performance
-    Large-Scale Image Recognition Without Normalization" (2021), arXiv 2102.06171.
+    are computed in float32, in float64 for such gradients, and a 16-bit gradient is rounded once. A
+    unit whose gradient is not finite is left as it is. The method is that of Brock, De, Smith and
+    Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization" (2021), arXiv
+    2102.06171.
 
     Args:
         parameters: the tensors whose ``.grad`` is clipped, or a single one. Those without a
@@ -625,10 +626,10 @@ def _unit_norms(tensor: Tensor) -> Tensor:
     if tensor.dim() == 0:
         tensor = tensor.unsqueeze(0)
     dimensions = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else (0,)
-    dtype = torch.complex128 if tensor.is_complex() else torch.float64
-    # A float64 tensor for complex ones, too.
-    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dimensions, keepdim=True, dtype=dtype)
-    return norms
+    # In 16 bits a sum of many squares would lose most of them.
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dimensions, keepdim=True, dtype=wide)
+    return norms.to(torch.float64)
 
 
 def _unknown(size: int, device: torch.device) -> Tensor:
