@@ -104,7 +104,6 @@ class Measurement {
 
   double* partials() const { return static_cast<double*>(memory_.get()); }
   int32_t count() const { return static_cast<int32_t>(count_); }
-  Norm norm() const { return norm_; }
 
  private:
   Norm norm_;
