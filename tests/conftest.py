@@ -1,27 +1,20 @@
-"""Runs the tests that say nothing of a device on CUDA as well, where there is one or -m cuda asks.
-
-They make their tensors without naming a device, so a default device is all it takes.
-"""
+"""Runs each suite where its folder says: on CUDA as well, where there is one or -m cuda asks."""
 
 from __future__ import annotations
 
 import pytest
+import suites
 import torch
 
-ON_EVERY_DEVICE = {
-    "test_clip_grad_norm",
-    "test_clipper",
-    "test_errors",
-    "test_family",
-    "test_known_bugs",
-    "test_lists",
-    "test_properties",
-    "test_textbook",
-}
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if suites.folder_of(item.path) in suites.OF_THE_SOURCES:
+            item.add_marker(pytest.mark.sources)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__ not in ON_EVERY_DEVICE:
+    if suites.folder_of(metafunc.definition.path) not in suites.ON_EVERY_DEVICE:
         return
     if metafunc.definition.get_closest_marker("cpu_only"):
         return

@@ -1,6 +1,6 @@
 // The CPU engine without torch: any partition of the workers over any number of threads gives the
 // same bits, every slot is written and none beyond the last, every element is scaled once and no
-// byte around it changes. Built and run by tests/test_native_engine.py.
+// byte around it changes. Built and run by tests/native/test_native_engine.py.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -1,7 +1,7 @@
 // The bodies of the CUDA kernels, run on the CPU by emulation.h: an emulation and never a test on a
 // GPU. Any schedule gives the same bits, norms and elements are right, every slot is written, no
 // byte outside of a tensor changes, and nothing is read before it is complete. Built and run by
-// tests/test_cuda_kernels.py.
+// tests/native/test_cuda_kernels.py.
 #include <sched.h>
 #include <sys/mman.h>
 

@@ -19,7 +19,7 @@ import gradclip_ext
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["no clipping", "torch.nn.utils", "gradclip_ext"]
 STEPS = 30
 # So small a theta that nearly every step is clipped.

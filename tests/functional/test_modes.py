@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradclip_ext
 from gradclip_ext import _C
 
+pytestmark = pytest.mark.cpu_only
+
 # Older releases break the graph in torch.nn.utils' own clipping.
 WITHOUT_GRAPH_BREAKS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 

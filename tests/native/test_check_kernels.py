@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(TOOLS), *sys.path])

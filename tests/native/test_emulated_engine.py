@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_EVERY_DEVICE
+from suites import device_suites
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
 
 
@@ -77,11 +77,10 @@ def run(package_folder: Path, arguments: list[str], **environment: str):
     )
 
 
-@pytest.mark.parametrize("suite", sorted(ON_EVERY_DEVICE))
+@pytest.mark.parametrize("suite", device_suites(), ids=lambda file: file.stem)
 def test_suite(suite, package_folder):
-    file = str(ROOT / "tests" / f"{suite}.py")
     options = ["-q", "-p", "no:cacheprovider", "-m", "not cpu_only"]
-    result = run(package_folder, ["-m", "pytest", *options, file])
+    result = run(package_folder, ["-m", "pytest", *options, str(suite)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 1
 

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Published numbers: tensors and elements.
 COUNTS = {
     "one_scalar": (1, 1),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Which folders the files of a folder may include from.
 LAYERS = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)

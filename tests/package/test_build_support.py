@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("setuptools")
 from setuptools.errors import SetupError
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(TOOLS), *sys.path])

@@ -15,6 +15,8 @@ import torch
 
 import gradclip_ext
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture
 def restore_threads():

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("numpy")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
 
 

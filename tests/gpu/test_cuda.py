@@ -1,7 +1,7 @@
 """What only a GPU can show: streams, graphs, launches, memory, several devices, very large tensors.
 
-The suites of conftest.ON_EVERY_DEVICE run on CUDA besides. None of this has passed before it has
-run on a GPU: the kernels' emulation on the CPU (test_cuda_kernels.py) is no substitute.
+The suites that suites.ON_EVERY_DEVICE names run on CUDA besides. None of this has passed before it
+has run on a GPU: the kernels' emulation on the CPU (test_cuda_kernels.py) is no substitute.
 """
 
 from __future__ import annotations

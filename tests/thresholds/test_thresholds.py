@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradclip_ext.thresholds import AGC, AdaGC, AutoClip, Threshold, ZClip, adaptive_clip_grad_
 
+pytestmark = pytest.mark.cpu_only
+
 # Short warm-ups and windows, so that few steps cross every border.
 RULES = {
     "AutoClip": lambda: AutoClip(percentile=30.0, window=9),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests/native"
 SOURCES = ["grid", "kernels", "test_kernels"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]

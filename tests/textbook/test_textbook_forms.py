@@ -16,6 +16,8 @@ from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, name_of
 import gradclip_ext
 from gradclip_ext import textbook
 
+pytestmark = pytest.mark.cpu_only
+
 by_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES + COMPLEX_DTYPES, ids=name_of)
 by_way = pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
 

@@ -1,0 +1,33 @@
+"""Which suites run where. The folder of a test file decides; no list names single files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+
+# On the CPU, on CUDA, and over the emulated CUDA engine: their tensors name no device, so a default
+# device is all it takes. A file of which only the CPU can be asked says so: pytestmark = cpu_only.
+ON_EVERY_DEVICE = {"clipper", "functional", "textbook", "thresholds"}
+# On every build of the package, once.
+ON_EVERY_BUILD = {"gpu", "package"}
+# About the sources: they say nothing of the build that they run on, or compile csrc by themselves.
+OF_THE_SOURCES = {"bench", "examples", "native"}
+
+FOLDERS = ON_EVERY_DEVICE | ON_EVERY_BUILD | OF_THE_SOURCES
+
+
+def folder_of(file: Path) -> str:
+    """The folder of tests/ that a test file lies in; "" for a file that lies in none."""
+    folders = file.resolve().relative_to(TESTS).parts[:-1]
+    return folders[0] if folders else ""
+
+
+def device_suites() -> list[Path]:
+    """The files with tests that run on every device."""
+    files = (file for folder in ON_EVERY_DEVICE for file in (TESTS / folder).rglob("test_*.py"))
+    return sorted(
+        file
+        for file in files
+        if "pytestmark = pytest.mark.cpu_only\n" not in file.read_text(encoding="utf-8")
+    )
