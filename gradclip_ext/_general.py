@@ -97,18 +97,18 @@ class _Gradients:
             _torch_ops.scale_(self.in_place, coefficient, foreach)
         for device, group in _by_device(self.native).items():
             if known is not None:
-                _C.scale_(group, known)
+                _C.scale_tensors_(group, known)
             elif device.type == "cpu":
-                _C.scale_(group, coefficient.item())
+                _C.scale_tensors_(group, coefficient.item())
             else:
-                _C.scale_(group, coefficient.to(device))
+                _C.scale_tensors_(group, coefficient.to(device))
         self._bump_versions_of_sparse()
 
     def clamp_(self, bound: float, foreach: bool | None) -> None:
         """Limit every element of every gradient to ``[-bound, bound]``."""
         _torch_ops.clamp_(self.in_place, bound, foreach)
         for group in _by_device(self.native).values():
-            _C.clamp_(group, bound)
+            _C.clamp_tensors_(group, bound)
         self._bump_versions_of_sparse()
 
     def bump_versions(self) -> None:

@@ -70,7 +70,7 @@ def grad_norms(
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
     # A list of parameters is not looked through in Python: that takes longer than measuring.
-    measured = _C.grad_norms(source, order, dtype) if _is_plain_list(source) else None
+    measured = _C.grad_norms(source, order, dtype, 0.0) if _is_plain_list(source) else None
     if measured is None:
         collection = Collection(source, function)
         names = collection.names
@@ -367,7 +367,7 @@ class GradClipper:
 
     def _decayed_and_measured(self, group: list[Tensor]) -> tuple[Tensor, Tensor]:
         if self._weight_decay > 0.0:
-            found = _C.decay_and_grad_norms(group, self._weight_decay, self._order, None)
+            found = _C.grad_norms(group, self._order, None, self._weight_decay)
             if found is not None:
                 return found
             add_weight_decay_(group, self._weight_decay)
@@ -404,13 +404,13 @@ class GradClipper:
             isinstance(coefficient, Tensor) or coefficient == 0.0
         )
         if not clears and not _is_for_each(coefficient):
-            if not _C.scale_grads_(group, coefficient):
+            if _C.scale_(group, coefficient) is None:
                 _general.scale_by_(group, _tensor(coefficient, device), "GradClipper")
             return
         each = _tensor(coefficient, device)
         if each.dim() == 0:
             each = each.expand(len(group)).contiguous()
-        if not _C.scale_each_(group, each):
+        if _C.scale_each_(group, each) is None:
             _general.scale_each_(group, each, "GradClipper")
 
     def _remember(
@@ -470,7 +470,7 @@ def _measured(
     parameters: list[Tensor], order: float, function: str, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
-        found = _C.grad_norms(parameters, order, dtype)
+        found = _C.grad_norms(parameters, order, dtype, 0.0)
         if found is not None:
             return found
     return _general.grad_norms(parameters, order, function)

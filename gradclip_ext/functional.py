@@ -152,7 +152,7 @@ def clip_grads_with_norm_(
     if not is_compiling():
         limit = _read_limit(limit)
         norm = _read_number(norm)
-        if _C.clip_grads_with_norm_(parameter_list, limit, norm):
+        if _C.clip_grads_with_norm_(parameter_list, limit, norm) is not None:
             return
     _general.clip_grads_with_norm_(parameter_list, limit, norm, foreach)
 
@@ -181,7 +181,7 @@ def clip_grad_value_(
     function = "clip_grad_value_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     bound = _arguments.bound(clip_value, function)
-    if not is_compiling() and _C.clip_grad_value_(parameter_list, bound):
+    if not is_compiling() and _C.clip_grad_value_(parameter_list, bound) is not None:
         return
     _general.clip_grad_value_(parameter_list, bound, foreach)
 

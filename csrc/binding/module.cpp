@@ -1,6 +1,6 @@
-// The functions that Python calls, and their table. The first eight return None (or False) instead
-// of a result to say "not for the native way; nothing was changed", and gradclip_ext/_general.py
-// takes over.
+// The functions that Python calls, and their table. Every operation answers None when it declines
+// a list, with nothing changed, and a value when it took it; gradclip_ext/_general.py is the
+// fallback.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -57,6 +57,9 @@ py::object wrap_or_none(const std::optional<at::Tensor>& tensor) {
   return py::reinterpret_steal<py::object>(wrap(*tensor));
 }
 
+// What an operation without a result of its own answers.
+py::object count_of(const Gradients& gradients) { return py::int_(gradients.tensors().size()); }
+
 py::object py_clip_grad_norm_(py::handle parameters, py::handle max_norm, double norm_type,
                               bool error_if_nonfinite, py::handle dtype) {
   const std::optional<Norm> norm = native_norm(norm_type);
@@ -87,23 +90,28 @@ py::object py_get_total_norm(py::handle tensors, double norm_type, bool error_if
   return wrap_or_none(total_norm);
 }
 
-bool py_clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm) {
+py::object py_clip_grads_with_norm_(py::handle parameters, py::handle max_norm,
+                                    py::handle total_norm) {
   Gradients gradients(/*accept_complex=*/true);
-  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return py::none();
   const std::optional<Number> limit = read_number(max_norm, gradients);
   const std::optional<Number> norm = read_number(total_norm, gradients);
-  if (!limit || !norm) return false;
-  py::gil_scoped_release release;
-  clip_grads_with_norm_(gradients, *limit, *norm);
-  return true;
+  if (!limit || !norm) return py::none();
+  {
+    py::gil_scoped_release release;
+    clip_grads_with_norm_(gradients, *limit, *norm);
+  }
+  return count_of(gradients);
 }
 
-bool py_clip_grad_value_(py::handle parameters, double clip_value) {
+py::object py_clip_grad_value_(py::handle parameters, double clip_value) {
   Gradients gradients(/*accept_complex=*/false);
-  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
-  py::gil_scoped_release release;
-  clip_grad_value_(gradients, clip_value);
-  return true;
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  {
+    py::gil_scoped_release release;
+    clip_grad_value_(gradients, clip_value);
+  }
+  return count_of(gradients);
 }
 
 py::object wrap_norms(const Norms& norms) {
@@ -111,61 +119,55 @@ py::object wrap_norms(const Norms& norms) {
                         py::reinterpret_steal<py::object>(wrap(norms.each)));
 }
 
-py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dtype) {
+py::object py_grad_norms(py::handle parameters, double norm_type, py::handle dtype,
+                         double weight_decay) {
   const std::optional<Norm> norm = native_norm(norm_type);
   Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
   if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
-  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
-  Norms norms;
-  {
-    py::gil_scoped_release release;
-    norms = grad_norms(gradients, *norm, result_dtype);
-  }
-  return wrap_norms(norms);
-}
-
-py::object py_decay_and_grad_norms(py::handle parameters, double weight_decay, double norm_type,
-                                   py::handle dtype) {
-  const std::optional<Norm> norm = native_norm(norm_type);
-  Gradients gradients(/*accept_complex=*/norm == Norm::kL2);
-  Gradients values(/*accept_complex=*/norm == Norm::kL2);
-  if (!norm || !gather_native(parameters, Read::kGrads, &gradients) ||
-      !gather_native(parameters, Read::kParametersWithGrads, &values)) {
+  Gradients decayed(/*accept_complex=*/norm == Norm::kL2);
+  const bool decays = weight_decay != 0.0;
+  if (decays && !gather_native(parameters, Read::kParametersWithGrads, &decayed)) {
     return py::none();
   }
   const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   std::optional<Norms> norms;
   {
     py::gil_scoped_release release;
-    norms = decay_and_grad_norms(gradients, values, weight_decay, *norm, result_dtype);
+    norms = decays ? decay_and_grad_norms(gradients, decayed, weight_decay, *norm, result_dtype)
+                   : grad_norms(gradients, *norm, result_dtype);
   }
   return norms ? wrap_norms(*norms) : py::none();
 }
 
-bool py_scale_grads_(py::handle parameters, py::handle coefficient) {
+py::object py_scale_(py::handle parameters, py::handle coefficient) {
   Gradients gradients(/*accept_complex=*/true);
-  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return py::none();
   const std::optional<Number> number = read_number(coefficient, gradients);
-  if (!number) return false;
-  py::gil_scoped_release release;
-  scale_(gradients, *number);
-  return true;
+  if (!number) return py::none();
+  {
+    py::gil_scoped_release release;
+    scale_(gradients, *number);
+  }
+  return count_of(gradients);
 }
 
-bool py_scale_each_(py::handle parameters, py::handle coefficients) {
+py::object py_scale_each_(py::handle parameters, py::handle coefficients) {
   Gradients gradients(/*accept_complex=*/true);
-  if (!gather_native(parameters, Read::kGrads, &gradients)) return false;
+  if (!gather_native(parameters, Read::kGrads, &gradients)) return py::none();
   const at::Tensor values = unpack(coefficients.ptr());
   const bool fits = values.defined() && is_native(values) && values.is_contiguous() &&
                     values.scalar_type() == at::kDouble && values.dim() == 1 &&
                     values.numel() == gradients.listed() && values.device() == gradients.device();
-  if (!fits) return false;
-  py::gil_scoped_release release;
-  return scale_each_(gradients, values);
+  if (!fits) return py::none();
+  bool taken = false;
+  {
+    py::gil_scoped_release release;
+    taken = scale_each_(gradients, values);
+  }
+  return taken ? count_of(gradients) : py::none();
 }
 
-// The primitives ask for native, flat tensors of one device; the general way sorts them out
-// beforehand.
+// The primitives ask for native, flat tensors of one device, which the fallback has sorted out.
 Gradients require_native(py::handle tensors) {
   Gradients gradients(/*accept_complex=*/true);
   if (!gather(tensors.ptr(), Read::kTensors, &gradients) || gradients.tensors().empty()) {
@@ -186,7 +188,7 @@ py::object py_power_sum(py::handle tensors, double norm_type) {
   return wrap_or_none(sum);
 }
 
-void py_scale_(py::handle tensors, py::handle coefficient) {
+void py_scale_tensors_(py::handle tensors, py::handle coefficient) {
   const Gradients gradients = require_native(tensors);
   const std::optional<Number> number = read_number(coefficient, gradients);
   if (!number) throw py::value_error("expected a number, or a tensor on the same GPU");
@@ -194,10 +196,10 @@ void py_scale_(py::handle tensors, py::handle coefficient) {
   scale_(gradients, *number);
 }
 
-void py_clamp_(py::handle tensors, double bound) {
+void py_clamp_tensors_(py::handle tensors, double clip_value) {
   const Gradients gradients = require_native(tensors);
   py::gil_scoped_release release;
-  clamp_(gradients, bound);
+  clamp_(gradients, clip_value);
 }
 
 bool py_hold_exactly(const py::list& containers, const py::tuple& expected) {
@@ -226,14 +228,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grads_with_norm_", &py_clip_grads_with_norm_, arg("parameters"), arg("max_norm"),
         arg("total_norm"));
   m.def("clip_grad_value_", &py_clip_grad_value_, arg("parameters"), arg("clip_value"));
-  m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"));
-  m.def("decay_and_grad_norms", &py_decay_and_grad_norms, arg("parameters"), arg("weight_decay"),
-        arg("norm_type"), arg("dtype"));
-  m.def("scale_grads_", &py_scale_grads_, arg("parameters"), arg("coefficient"));
+  m.def("grad_norms", &py_grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"),
+        arg("weight_decay"));
+  m.def("scale_", &py_scale_, arg("parameters"), arg("coefficient"));
   m.def("scale_each_", &py_scale_each_, arg("parameters"), arg("coefficients"));
   m.def("power_sum", &py_power_sum, arg("tensors"), arg("norm_type"));
-  m.def("scale_", &py_scale_, arg("tensors"), arg("coefficient"));
-  m.def("clamp_", &py_clamp_, arg("tensors"), arg("bound"));
+  m.def("scale_tensors_", &py_scale_tensors_, arg("tensors"), arg("coefficient"));
+  m.def("clamp_tensors_", &py_clamp_tensors_, arg("tensors"), arg("clip_value"));
   m.def("hold_exactly", &py_hold_exactly, arg("containers"), arg("expected"));
   m.def("is_native", &py_is_native, arg("tensor"));
   m.def("is_flat", &py_is_flat, arg("tensor"));
