@@ -5,9 +5,11 @@ Every error names the function, the argument and the index, what was expected an
 
 from __future__ import annotations
 
+import numbers
+import operator
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,31 +100,31 @@ def item_error(item: Any, function: str, argument: str, index: int) -> TypeError
     return TypeError(message)
 
 
-def norm_order(norm_type: Any, function: str) -> float:
+def norm_type(norm_type: Any, function: str) -> float:
     """``norm_type`` as a float, as torch reads it (``'inf'`` is allowed)."""
     if type(norm_type) is float:
         return norm_type
     return _number(norm_type, function, "norm_type")
 
 
-def limit(max_norm: Any, function: str) -> float | Tensor:
+def max_norm(max_norm: Any, function: str) -> float | Tensor:
     """``max_norm`` as a float that is not negative, or as the one-element tensor it came as."""
     # First and without another call, because it is what nearly every call brings.
     if type(max_norm) is float and max_norm >= 0.0:
         return max_norm
     if isinstance(max_norm, Tensor):
         return _one_element(max_norm, function, "max_norm")
-    return _non_negative(max_norm, function, "max_norm")
+    return non_negative(max_norm, function, "max_norm")
 
 
-def bound(clip_value: Any, function: str) -> float:
+def clip_value(clip_value: Any, function: str) -> float:
     """``clip_value`` as a float that is not negative."""
     if type(clip_value) is not float and isinstance(clip_value, Tensor):
         clip_value = _one_element(clip_value, function, "clip_value")
-    return _non_negative(clip_value, function, "clip_value")
+    return non_negative(clip_value, function, "clip_value")
 
 
-def given_norm(total_norm: Any, function: str) -> float | Tensor:
+def total_norm(total_norm: Any, function: str) -> float | Tensor:
     """``total_norm`` as it is: a number, or a tensor of one element."""
     if isinstance(total_norm, Tensor):
         return _one_element(total_norm, function, "total_norm")
@@ -135,6 +137,119 @@ def result_dtype(dtype: Any, function: str) -> None:
         raise TypeError(
             f"{function}: dtype has to be None, torch.float32 or torch.float64, found {dtype!r}"
         )
+
+
+def one_of(value: Any, choices: Sequence[str], function: str, argument: str) -> str:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(
+            f"{function}: {argument} has to be one of {', '.join(map(repr, choices))}, "
+            f"found {value!r}"
+        )
+    return str(value)
+
+
+def clip_bound(value: Any, function: str, argument: str) -> float:
+    """``max_norm`` or ``clip_value`` of a clipper: a number greater than 0, infinity included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{function}: {argument} has to be a number or a rule such as AutoClip(), "
+            f"found {describe(value)}"
+        )
+    # Written so that NaN fails.
+    if not value > 0.0:
+        raise ValueError(f"{function}: {argument} has to be a positive number, found {value}")
+    return float(value)
+
+
+def weight_decay(value: Any, function: str) -> float:
+    """``weight_decay`` of a clipper, not negative and finite."""
+    if not (isinstance(value, (int, float)) and 0.0 <= value < float("inf")):
+        raise ValueError(
+            f"{function}: weight_decay has to be a finite number that is not negative, "
+            f"found {value!r}"
+        )
+    return float(value)
+
+
+def non_negative(value: Any, function: str, argument: str) -> float:
+    """A number that is not negative."""
+    number = value if type(value) is float else _number(value, function, argument)
+    # Written so that NaN fails.
+    if not number >= 0.0:
+        raise ValueError(
+            f"{function}: {argument} has to be a number that is not negative, found {number}"
+        )
+    return number
+
+
+def positive(value: Any, function: str, argument: str) -> float:
+    """A number greater than 0, which NaN is not."""
+    expected = "a number greater than 0"
+    return _setting(value, function, argument, expected, lambda number: number > 0.0)
+
+
+def between(value: Any, low: int, high: int, function: str, argument: str) -> float:
+    """A number from ``low`` to ``high``."""
+    expected = f"a number from {low} to {high}"
+    return _setting(value, function, argument, expected, lambda number: low <= number <= high)
+
+
+def whole_number(
+    value: Any, function: str, argument: str, smallest: int, largest: int | None = None
+) -> int:
+    """A whole number in a range, of any type that Python takes as an index."""
+    expected = (
+        f"a whole number that is at least {smallest}"
+        if largest is None
+        else f"a whole number from {smallest} to {largest}"
+    )
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{function}: {argument} has to be {expected}, found {value!r}")
+    number = operator.index(value)
+    if number < smallest or (largest is not None and number > largest):
+        raise ValueError(f"{function}: {argument} has to be {expected}, found {number}")
+    return number
+
+
+def patterns(value: Any, function: str, argument: str) -> tuple[str, ...]:
+    """Patterns of names; a single one is refused, which would be a pattern for each letter."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{function}: {argument} has to be an iterable of patterns, found {value!r}"
+        )
+    result = tuple(value)
+    for index, pattern in enumerate(result):
+        if not isinstance(pattern, str):
+            raise TypeError(f"{function}: {argument}[{index}] has to be a str, found {pattern!r}")
+    return result
+
+
+def named_parameters(value: Any, function: str) -> list[tuple[str, Tensor]]:
+    """Pairs of a name and a tensor, as ``module.named_parameters()`` gives them."""
+    if isinstance(value, (torch.nn.Module, Tensor, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{function}: named_parameters has to be an iterable of pairs of a name and a tensor, "
+            f"found {type(value).__name__}; pass module.named_parameters()"
+        )
+    pairs = list(value)
+    for index, pair in enumerate(pairs):
+        if not is_named_parameter(pair):
+            raise TypeError(
+                f"{function}: named_parameters[{index}] has to be a pair of a name and a tensor, "
+                f"found {type(pair).__name__}; pass module.named_parameters()"
+            )
+    return pairs
+
+
+def is_named_parameter(item: Any) -> bool:
+    """Whether it is a pair as torch gives them; a tensor of two elements is none."""
+    return (
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and isinstance(item[1], Tensor)
+    )
 
 
 def _one_element(tensor: Tensor, function: str, argument: str) -> Tensor:
@@ -150,16 +265,6 @@ def _one_element(tensor: Tensor, function: str, argument: str) -> Tensor:
     return tensor
 
 
-def _non_negative(value: Any, function: str, argument: str) -> float:
-    number = value if type(value) is float else _number(value, function, argument)
-    # Written so that NaN fails.
-    if not number >= 0.0:
-        raise ValueError(
-            f"{function}: {argument} has to be a number that is not negative, found {number}"
-        )
-    return number
-
-
 def _number(value: Any, function: str, argument: str) -> float:
     try:
         return float(value)
@@ -167,6 +272,18 @@ def _number(value: Any, function: str, argument: str) -> float:
         raise TypeError(
             f"{function}: {argument} has to be a number, found {describe(value)}"
         ) from error
+
+
+def _setting(
+    value: Any, function: str, argument: str, expected: str, accepts: Callable[[float], bool]
+) -> float:
+    """A number for the constructor of a rule."""
+    # Not what float() takes: that would wait for a tensor, and read strings.
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{function}: {argument} has to be {expected}, found {value!r}")
+    if not accepts(float(value)):
+        raise ValueError(f"{function}: {argument} has to be {expected}, found {value}")
+    return float(value)
 
 
 def nonfinite_error(

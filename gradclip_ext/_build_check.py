@@ -15,7 +15,7 @@ from typing import NamedTuple
 _SOURCE_FOLDER = Path(__file__).resolve().parent.parent
 
 
-class Facts(NamedTuple):
+class BuildFacts(NamedTuple):
     """What has to agree between the build and the interpreter that loads it."""
 
     torch: str
@@ -24,13 +24,13 @@ class Facts(NamedTuple):
     python: str
 
 
-def installed() -> Facts | None:
+def installed() -> BuildFacts | None:
     """Returns the facts of the installed torch, None if there is no torch."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
-    return Facts(
+    return BuildFacts(
         torch=str(torch.__version__),
         cuda=torch.version.cuda,
         cxx11_abi=torch.compiled_with_cxx11_abi(),
@@ -38,16 +38,16 @@ def installed() -> Facts | None:
     )
 
 
-def built_with() -> Facts | None:
+def built_with() -> BuildFacts | None:
     """Returns the facts that the build wrote down, None if the package has not been built."""
     if importlib.util.find_spec("gradclip_ext._built_with") is None:
         return None
     built = importlib.import_module("gradclip_ext._built_with")
-    return Facts(built.TORCH_VERSION, built.TORCH_CUDA, built.CXX11_ABI, built.PYTHON)
+    return BuildFacts(built.TORCH_VERSION, built.TORCH_CUDA, built.CXX11_ABI, built.PYTHON)
 
 
 def problem(
-    built: Facts | None, present: Facts | None, has_extension: bool, build_command: str
+    built: BuildFacts | None, present: BuildFacts | None, has_extension: bool, build_command: str
 ) -> str | None:
     """Returns what keeps `_C` from loading, as found, expected and command; None if nothing does.
 
@@ -95,7 +95,7 @@ def build_command(folder: Path) -> str:
     return "pip install --force-reinstall --no-deps .    (in the source folder of gradclip_ext)"
 
 
-def _compared(facts: Facts) -> tuple[str, ...]:
+def _compared(facts: BuildFacts) -> tuple[str, ...]:
     """Returns what decides whether a build fits: a patch release or a minor CUDA does not."""
     return (
         f"Python {facts.python}",

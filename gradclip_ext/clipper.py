@@ -1,88 +1,28 @@
-"""Norms of single gradients, and a clipper that knows its parameters."""
+"""A clipper that knows its parameters, and what it reports."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip_ext import _C, _arguments, _general, _torch_ops
-from gradclip_ext._collect import Collection, default_names
-from gradclip_ext.functional import clip_grad_value_
-from gradclip_ext.textbook import add_weight_decay_
-from gradclip_ext.thresholds import AGC, Threshold
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._ops import Scalar
+from gradclip_ext._parameters import Collection
+from gradclip_ext.thresholds import AGC, FixedThreshold, StatelessRule, Threshold
 
-__all__ = ["ClipReport", "GradClipper", "GradNorms", "grad_norms"]
+__all__ = ["ClipReport", "GradClipper"]
 
-# A number that the host knows, or one or more on a device.
-_Number = float | Tensor
+_CALLER = _ops.Caller("GradClipper")
 
-_POLICIES = ("propagate", "raise", "zero", "skip")
-
-
-class GradNorms(NamedTuple):
-    """What :func:`grad_norms` returns.
-
-    Attributes:
-        total: the norm of all gradients together, a 0-dim tensor.
-        norms: the norm of each gradient, a 1-D tensor with an entry for each parameter; 0 where a
-            parameter has no gradient.
-        names: what the parameters are called, in the same order.
-    """
-
-    total: Tensor
-    norms: Tensor
-    names: tuple[str, ...]
-
-
-def grad_norms(
-    source: Any, norm_type: float = 2.0, *, dtype: torch.dtype | None = None
-) -> GradNorms:
-    """Measure the gradients of a model together and each, in one pass.
-
-    The norms stay on the gradients' device, and nothing waits for it.
-
-    Args:
-        source: a module, its ``named_parameters()``, parameters, or an optimizer or its
-            ``param_groups``.
-        norm_type: order of the norm, as in :func:`gradclip_ext.clip_grad_norm_`.
-        dtype: ``torch.float32`` or ``torch.float64``, what the results are rounded to. Without it
-            they are float64 tensors, as good as the gradients' own dtype asks for.
-
-    Returns:
-        The total norm, the norm of each gradient and the names, see :class:`GradNorms`.
-
-    Raises:
-        TypeError: an argument or a parameter has the wrong type.
-        ValueError: there are no parameters.
-
-    >>> model = torch.nn.Linear(2, 1)
-    >>> model(torch.tensor([3.0, 4.0])).backward()
-    >>> grad_norms(model, dtype=torch.float32)
-    GradNorms(total=tensor(5.0990), norms=tensor([5., 1.]), names=('weight', 'bias'))
-    """
-    function = "grad_norms"
-    order = _arguments.norm_order(norm_type, function)
-    if dtype is not None:
-        _arguments.result_dtype(dtype, function)
-    # A list of parameters is not looked through in Python: that takes longer than measuring.
-    measured = _C.grad_norms(source, order, dtype, 0.0) if _is_plain_list(source) else None
-    if measured is None:
-        collection = Collection(source, function)
-        names = collection.names
-        measured = _measured(collection.parameters, order, function, dtype)
-    else:
-        names = default_names(len(source))
-    total, norms = measured
-    return (
-        GradNorms(total, norms, names)
-        if dtype is None
-        else GradNorms(total.to(dtype), norms.to(dtype), names)
-    )
+# What to do with a norm that is not finite, and the coefficient that does it, where one does.
+_POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
 
 
 @dataclass(frozen=True)
@@ -126,6 +66,31 @@ class ClipReport:
                 for name, norm in zip(self.names, self.norms, strict=True)
             },
         }
+
+
+@dataclass
+class _Step:
+    """What a step measured and decided: numbers that the host knows, or tensors on the device.
+
+    Attributes:
+        total: the norm of all gradients.
+        norms: the norm of each.
+        is_finite: whether the total is.
+        limits: for each group, of all its gradients together, or of each as a 1-D tensor.
+        coefficients: the same, after the policy.
+    """
+
+    total: Tensor
+    norms: Tensor
+    is_finite: bool | Tensor
+    limits: list[Scalar]
+    coefficients: list[Scalar]
+
+    def clips(self) -> bool | Tensor:
+        """Whether a finite gradient was made smaller."""
+        device = self.total.device
+        below_one = [_ops.smallest(c, device) < 1.0 for c in self.coefficients]
+        return functools.reduce(operator.or_, below_one) & self.is_finite
 
 
 class GradClipper:
@@ -179,28 +144,22 @@ class GradClipper:
         nonfinite: str = "propagate",
         weight_decay: float = 0.0,
     ) -> None:
-        function = "GradClipper"
+        function = _CALLER.function
         self._collection = Collection(source, function)
-        self._order = _arguments.norm_order(norm_type, function)
-        if nonfinite not in _POLICIES:
-            raise ValueError(
-                f"{function}: nonfinite has to be one of {', '.join(map(repr, _POLICIES))}, "
-                f"found {nonfinite!r}"
-            )
-        self._nonfinite = nonfinite
+        self._norm_type = _arguments.norm_type(norm_type, function)
+        self._nonfinite = _arguments.one_of(nonfinite, tuple(_POLICIES), function, "nonfinite")
         if max_norm is None and clip_value is None:
             raise ValueError(
                 f"{function}: there is nothing to do; pass max_norm (inf measures only), "
                 "clip_value or both"
             )
         self._rules = self._read_rules(math.inf if max_norm is None else max_norm)
-        self._clip_value = None if clip_value is None else _positive(clip_value, "clip_value")
-        if not (isinstance(weight_decay, (int, float)) and 0.0 <= weight_decay < math.inf):
-            raise ValueError(
-                f"{function}: weight_decay has to be a finite number that is not negative, "
-                f"found {weight_decay!r}"
-            )
-        self._weight_decay = float(weight_decay)
+        self._clip_value = (
+            None
+            if clip_value is None
+            else _arguments.clip_bound(clip_value, function, "clip_value")
+        )
+        self._weight_decay = _arguments.weight_decay(weight_decay, function)
         writes_elements = clip_value is not None or any(isinstance(r, AGC) for r in self._rules)
         if nonfinite == "skip" and writes_elements:
             raise ValueError(
@@ -211,7 +170,7 @@ class GradClipper:
         # On a GPU they become tensors there, which are read only when somebody asks.
         self._clipped_steps: int | Tensor = 0
         self._nonfinite_steps: int | Tensor = 0
-        self._last: tuple[Tensor, Tensor, list[_Number], list[_Number]] | None = None
+        self._last: _Step | None = None
         # Written in place, so that it has to be handed over only once.
         self.found_inf = torch.zeros(1, device=self._collection.parameters[0].device)
 
@@ -233,31 +192,34 @@ class GradClipper:
         """
         self._collection.refresh()
         parameters = self._collection.parameters
-        groups = self._groups()
+        ranges = self._ranges()
+        groups = [parameters[own.start : own.stop] for own in ranges]
         if self._nonfinite == "raise" and self._weight_decay > 0.0:
             # Before anything is added: an error leaves the gradients as they were.
-            self._require_finite(_measured(parameters, self._order, "GradClipper", None)[0])
-        measured = [self._decayed_and_measured(group) for group in groups]
+            self._require_finite(_ops.grad_norms(parameters, self._norm_type, None, _CALLER)[0])
+        measured = [
+            _ops.grad_norms(group, self._norm_type, None, _CALLER, self._weight_decay)
+            for group in groups
+        ]
         total, norms = measured[0] if len(measured) == 1 else self._together(measured)
-        is_finite = math.isfinite(total.item()) if _is_on_host(total) else total.isfinite()
         if self._nonfinite == "raise":
             self._require_finite(total)
 
-        limits: list[_Number] = []
-        coefficients: list[_Number] = []
+        step = _Step(total, norms, _ops.isfinite(_ops.known(total)), [], [])
         for rule, (group_total, group_norms) in zip(self._rules, measured, strict=True):
-            limit, coefficient = _decided(rule, group_total, group_norms)
-            limits.append(limit)
-            coefficients.append(self._with_policy(coefficient, is_finite))
+            self._decide(step, rule, group_total, group_norms)
         # These first, since they may refuse a gradient.
-        for rule, names, group in zip(self._rules, self._group_names(), groups, strict=True):
+        for rule, own, group in zip(self._rules, ranges, groups, strict=True):
             if isinstance(rule, AGC):
+                names = self._collection.names[own.start : own.stop]
                 rule.clip_(zip(names, group, strict=True))
-        for rule, group, coefficient in zip(self._rules, groups, coefficients, strict=True):
+        for rule, group, coefficient in zip(self._rules, groups, step.coefficients, strict=True):
             self._scale(rule, group, coefficient, total.device)
         if self._clip_value is not None:
-            clip_grad_value_(parameters, self._clip_value)
-        self._remember(total, norms, coefficients, limits, is_finite)
+            _ops.clip_grad_value_(
+                parameters, self._clip_value, None, _ops.Caller("clip_grad_value_")
+            )
+        self._count(step)
         return total
 
     def report(self) -> ClipReport:
@@ -268,13 +230,13 @@ class GradClipper:
         """
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
-        total, norms, coefficients, limits = self._last
+        step = self._last
         return ClipReport(
             names=self._collection.names,
-            norms=tuple(norms.tolist()),
-            total_norm=total.item(),
-            coefficient=min(_smallest(coefficient) for coefficient in coefficients),
-            limits=tuple(_smallest(limit) for limit in limits),
+            norms=tuple(step.norms.tolist()),
+            total_norm=step.total.item(),
+            coefficient=min(_smallest(coefficient) for coefficient in step.coefficients),
+            limits=tuple(_smallest(limit) for limit in step.limits),
             steps=self._steps,
             clipped_steps=int(self._clipped_steps),
             nonfinite_steps=int(self._nonfinite_steps),
@@ -287,9 +249,7 @@ class GradClipper:
             "steps": self._steps,
             "clipped_steps": int(self._clipped_steps),
             "nonfinite_steps": int(self._nonfinite_steps),
-            "rules": [
-                rule.state_dict() if isinstance(rule, Threshold) else None for rule in self._rules
-            ],
+            "rules": self._states_of_rules(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -315,28 +275,31 @@ class GradClipper:
                 f"GradClipper: the state has rules for {len(state['rules'])} groups, expected "
                 f"{len(self._rules)}"
             )
-        before = [
-            rule.state_dict() if isinstance(rule, Threshold) else None for rule in self._rules
-        ]
+        before = self._states_of_rules()
         try:
             for rule, rule_state in zip(self._rules, state["rules"], strict=True):
-                if isinstance(rule, Threshold) != (rule_state is not None):
+                if isinstance(rule, StatelessRule) != (rule_state is None):
                     raise ValueError(
                         "GradClipper: the state is that of other rules: expected "
-                        f"{type(rule).__name__}, found {rule_state and rule_state.get('rule')}"
+                        f"{_name_of(rule)}, found {rule_state and rule_state.get('rule')}"
                     )
-                if isinstance(rule, Threshold):
+                if rule_state is not None:
                     rule.load_state_dict(rule_state)
         except Exception:
             for rule, rule_state in zip(self._rules, before, strict=True):
-                if isinstance(rule, Threshold) and rule_state is not None:
+                if rule_state is not None:
                     rule.load_state_dict(rule_state)
             raise
         self._steps = int(state["steps"])
         self._clipped_steps = int(state["clipped_steps"])
         self._nonfinite_steps = int(state["nonfinite_steps"])
 
-    def _read_rules(self, max_norm: Any) -> list[float | Threshold | AGC]:
+    def _states_of_rules(self) -> list[dict[str, Any] | None]:
+        return [
+            None if isinstance(rule, StatelessRule) else rule.state_dict() for rule in self._rules
+        ]
+
+    def _read_rules(self, max_norm: Any) -> list[Threshold]:
         if not isinstance(max_norm, (list, tuple)):
             return [_rule(max_norm, "max_norm")]
         groups = len(self._collection.groups)
@@ -358,81 +321,48 @@ class GradClipper:
             )
         return self._collection.groups
 
-    def _groups(self) -> list[list[Tensor]]:
-        parameters = self._collection.parameters
-        return [parameters[own.start : own.stop] for own in self._ranges()]
-
-    def _group_names(self) -> list[tuple[str, ...]]:
-        return [self._collection.names[own.start : own.stop] for own in self._ranges()]
-
-    def _decayed_and_measured(self, group: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if self._weight_decay > 0.0:
-            found = _C.grad_norms(group, self._order, None, self._weight_decay)
-            if found is not None:
-                return found
-            add_weight_decay_(group, self._weight_decay)
-        return _measured(group, self._order, "GradClipper", None)
-
     def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The norm of all groups, and the norms of all gradients, where the first group lies."""
         device = measured[0][0].device
         totals = torch.stack([total.to(device) for total, _ in measured])
         norms = torch.cat([norms.to(device) for _, norms in measured])
-        return torch.linalg.vector_norm(totals, self._order), norms
+        return torch.linalg.vector_norm(totals, self._norm_type), norms
 
-    def _with_policy(self, coefficient: _Number, is_finite: bool | Tensor) -> _Number:
-        instead = {"zero": 0.0, "skip": 1.0}.get(self._nonfinite)
-        if instead is None or is_finite is True:
-            return coefficient
-        if is_finite is False:
-            return instead
-        if not isinstance(coefficient, Tensor):
-            coefficient = torch.full_like(is_finite, coefficient, dtype=torch.float64)
-        return torch.where(is_finite.to(coefficient.device), coefficient, instead)
+    def _decide(self, step: _Step, rule: Threshold, total: Tensor, norms: Tensor) -> None:
+        """Ask a rule for the limit of its group, and make the coefficient of it."""
+        limit: Scalar = rule.limits(total, norms)
+        measured: Scalar = norms
+        if not rule.per_parameter:
+            limit, measured = _ops.known(limit), _ops.known(total)
+        coefficient = _ops.clip_coefficient(limit, measured, rule.epsilon)
+        instead = _POLICIES[self._nonfinite]
+        if instead is not None:
+            coefficient = _ops.select(step.is_finite, coefficient, instead)
+        step.limits.append(limit)
+        step.coefficients.append(coefficient)
 
     def _scale(
-        self,
-        rule: float | Threshold | AGC,
-        group: list[Tensor],
-        coefficient: _Number,
-        device: torch.device,
+        self, rule: Threshold, group: list[Tensor], coefficient: Scalar, device: torch.device
     ) -> None:
-        only_measures = isinstance(rule, AGC) or rule == math.inf
-        if only_measures and self._nonfinite != "zero":
+        clears = self._nonfinite == "zero"
+        if not clears and isinstance(rule, StatelessRule) and rule.only_measures:
             return
-        clears = self._nonfinite == "zero" and (
-            isinstance(coefficient, Tensor) or coefficient == 0.0
-        )
-        if not clears and not _is_for_each(coefficient):
-            if _C.scale_(group, coefficient) is None:
-                _general.scale_by_(group, _tensor(coefficient, device), "GradClipper")
-            return
-        each = _tensor(coefficient, device)
-        if each.dim() == 0:
-            each = each.expand(len(group)).contiguous()
-        if _C.scale_each_(group, each) is None:
-            _general.scale_each_(group, each, "GradClipper")
+        if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
+            _ops.scale_each_(group, coefficient, _CALLER)
+        elif clears and (isinstance(coefficient, Tensor) or coefficient == 0.0):
+            # Not multiplied all alike, which would leave NaN: here 0 clears.
+            each = torch.as_tensor(coefficient, dtype=torch.float64, device=device)
+            _ops.scale_each_(group, each.expand(len(group)).contiguous(), _CALLER)
+        else:
+            _ops.scale_(group, coefficient, _CALLER)
 
-    def _remember(
-        self,
-        total: Tensor,
-        norms: Tensor,
-        coefficients: list[_Number],
-        limits: list[_Number],
-        is_finite: bool | Tensor,
-    ) -> None:
+    def _count(self, step: _Step) -> None:
+        is_nonfinite = step.is_finite ^ True
         self._steps += 1
-        self._last = (total, norms, coefficients, limits)
-        if not isinstance(is_finite, Tensor):
-            clips = is_finite and any(_smallest(c) < 1.0 for c in coefficients)
-            self._clipped_steps += int(clips)
-            self._nonfinite_steps += int(not is_finite)
-            self.found_inf.fill_(float(not is_finite))
-            return
-        smallest = torch.stack([_tensor(c, total.device).min() for c in coefficients]).min()
-        self._clipped_steps = self._clipped_steps + torch.logical_and(smallest < 1.0, is_finite)
-        self._nonfinite_steps = self._nonfinite_steps + torch.logical_not(is_finite)
-        self.found_inf.copy_(torch.logical_not(is_finite))
+        self._clipped_steps = self._clipped_steps + step.clips()
+        self._nonfinite_steps = self._nonfinite_steps + is_nonfinite
+        self.found_inf.fill_(is_nonfinite)
+        self._last = step
 
     def _require_finite(self, total: Tensor) -> None:
         if total.isfinite():
@@ -440,83 +370,19 @@ class GradClipper:
         pairs = zip(self._collection.names, self._collection.parameters, strict=True)
         found = [(name, p.grad) for name, p in pairs if p.grad is not None]
         raise _arguments.nonfinite_error(
-            self._order, [gradient for _, gradient in found], [name for name, _ in found]
+            self._norm_type, [gradient for _, gradient in found], [name for name, _ in found]
         )
 
 
-def _rule(value: Any, argument: str) -> float | Threshold | AGC:
-    if isinstance(value, (Threshold, AGC)):
+def _rule(value: Any, argument: str) -> Threshold:
+    if isinstance(value, Threshold):
         return value
-    return _positive(value, argument)
+    return FixedThreshold(_arguments.clip_bound(value, _CALLER.function, argument))
 
 
-def _positive(value: Any, argument: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"GradClipper: {argument} has to be a number or a rule such as AutoClip(), "
-            f"found {_arguments.describe(value)}"
-        )
-    # Written so that NaN fails.
-    if not value > 0.0:
-        raise ValueError(f"GradClipper: {argument} has to be a positive number, found {value}")
-    return float(value)
+def _name_of(rule: Threshold) -> str:
+    return "float" if isinstance(rule, FixedThreshold) else type(rule).__name__
 
 
-def _is_plain_list(source: Any) -> bool:
-    return type(source) in (list, tuple) and not torch.compiler.is_compiling()
-
-
-def _measured(
-    parameters: list[Tensor], order: float, function: str, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        found = _C.grad_norms(parameters, order, dtype, 0.0)
-        if found is not None:
-            return found
-    return _general.grad_norms(parameters, order, function)
-
-
-def _decided(
-    rule: float | Threshold | AGC, total: Tensor, norms: Tensor
-) -> tuple[_Number, _Number]:
-    """The limit of a rule and the coefficient that keeps it, of all gradients or of each.
-
-    Numbers where they are known, 0-dim tensors on other devices, 1-D tensors of limits for each.
-    """
-    if isinstance(rule, AGC) or rule == math.inf:
-        return math.inf, 1.0
-    # Not `isinstance(rule, Threshold)`: asking that of a protocol takes longer than clipping.
-    if isinstance(rule, float):
-        if _is_on_host(total):
-            return rule, min(1.0, rule / (norm + 1e-6)) if (norm := total.item()) == norm else norm
-        return rule, _torch_ops.clip_coefficient(rule, total)
-    limits = rule.limits(total, norms)
-    measured = norms if rule.per_parameter else total
-    if rule.epsilon > 0.0:
-        coefficient = torch.clamp(limits / (measured + rule.epsilon), max=1.0)
-    else:
-        coefficient = torch.where(measured <= limits, 1.0, limits / measured)
-    # An infinite limit is none, whatever the norm.
-    coefficient = torch.where(limits == math.inf, 1.0, coefficient)
-    if rule.per_parameter or not _is_on_host(total):
-        return limits, coefficient
-    return limits.item(), coefficient.item()
-
-
-def _is_on_host(number: Tensor) -> bool:
-    """Whether it may be read; elsewhere that would mean to wait."""
-    return number.is_cpu
-
-
-def _is_for_each(coefficient: _Number) -> bool:
-    return isinstance(coefficient, Tensor) and coefficient.dim() == 1
-
-
-def _tensor(number: _Number, device: torch.device) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.to(device)
-    return torch.tensor(number, dtype=torch.float64, device=device)
-
-
-def _smallest(number: _Number) -> float:
+def _smallest(number: Scalar) -> float:
     return number.min().item() if isinstance(number, Tensor) else number

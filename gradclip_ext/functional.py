@@ -1,23 +1,24 @@
 """Drop-in replacements for the gradient clipping functions of :mod:`torch.nn.utils`.
 
 Same names, positional order, defaults, warnings and error texts; what is added is keyword-only.
-Each function first offers its list to the native engine, which takes it or declines it as a whole;
-declined lists go the general way, through torch's own operations where those are needed.
+Each function checks and names its arguments here and leaves the work to :mod:`gradclip_ext._ops`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 
-from gradclip_ext import _C, _arguments, _general
+from gradclip_ext import _arguments, _ops
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+
+_CLIP_GRAD_NORM_ = _ops.Caller("clip_grad_norm_")
+_GET_TOTAL_NORM = _ops.Caller("get_total_norm", "tensors")
+_CLIP_GRADS_WITH_NORM_ = _ops.Caller("clip_grads_with_norm_")
+_CLIP_GRAD_VALUE_ = _ops.Caller("clip_grad_value_")
 
 
 def clip_grad_norm_(
@@ -65,20 +66,14 @@ def clip_grad_norm_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``max_norm`` is negative or NaN.
     """
-    function = "clip_grad_norm_"
+    function = _CLIP_GRAD_NORM_.function
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
-    limit = _arguments.limit(max_norm, function)
-    order = _arguments.norm_order(norm_type, function)
+    max_norm = _arguments.max_norm(max_norm, function)
+    norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    if not is_compiling():
-        if type(limit) is not float:
-            limit = _read_limit(limit)
-        norm = _C.clip_grad_norm_(parameter_list, limit, order, bool(error_if_nonfinite), dtype)
-        if norm is not None:
-            return norm
-    return _general.clip_grad_norm_(
-        parameter_list, limit, order, error_if_nonfinite, foreach, dtype
+    return _ops.clip_grad_norm_(
+        parameter_list, max_norm, norm_type, error_if_nonfinite, foreach, dtype, _CLIP_GRAD_NORM_
     )
 
 
@@ -109,16 +104,14 @@ def get_total_norm(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
         TypeError: an argument or an element of ``tensors`` has the wrong type.
     """
-    function = "get_total_norm"
+    function = _GET_TOTAL_NORM.function
     tensor_list = _arguments.tensor_list(tensors, function, "tensors")
-    order = _arguments.norm_order(norm_type, function)
+    norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    if not is_compiling():
-        norm = _C.get_total_norm(tensor_list, order, bool(error_if_nonfinite), dtype)
-        if norm is not None:
-            return norm
-    return _general.get_total_norm(tensor_list, order, error_if_nonfinite, foreach, dtype)
+    return _ops.get_total_norm(
+        tensor_list, norm_type, error_if_nonfinite, foreach, dtype, _GET_TOTAL_NORM
+    )
 
 
 def clip_grads_with_norm_(
@@ -145,16 +138,13 @@ def clip_grads_with_norm_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``max_norm`` is negative or NaN, or a tensor has more than one element.
     """
-    function = "clip_grads_with_norm_"
+    function = _CLIP_GRADS_WITH_NORM_.function
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
-    limit = _arguments.limit(max_norm, function)
-    norm = _arguments.given_norm(total_norm, function)
-    if not is_compiling():
-        limit = _read_limit(limit)
-        norm = _read_number(norm)
-        if _C.clip_grads_with_norm_(parameter_list, limit, norm) is not None:
-            return
-    _general.clip_grads_with_norm_(parameter_list, limit, norm, foreach)
+    max_norm = _arguments.max_norm(max_norm, function)
+    total_norm = _arguments.total_norm(total_norm, function)
+    _ops.clip_grads_with_norm_(
+        parameter_list, max_norm, total_norm, foreach, _CLIP_GRADS_WITH_NORM_
+    )
 
 
 def clip_grad_value_(
@@ -178,23 +168,7 @@ def clip_grad_value_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``clip_value`` is negative or NaN.
     """
-    function = "clip_grad_value_"
+    function = _CLIP_GRAD_VALUE_.function
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
-    bound = _arguments.bound(clip_value, function)
-    if not is_compiling() and _C.clip_grad_value_(parameter_list, bound) is not None:
-        return
-    _general.clip_grad_value_(parameter_list, bound, foreach)
-
-
-def _read_number(value: float | Tensor) -> float | Tensor:
-    """The number in a tensor, where reading it costs no device sync and nobody is watching."""
-    # Exact types: a subclass may hold its number elsewhere.
-    if type(value) is not Tensor and type(value) is not Parameter:
-        return value
-    return float(value.item()) if value.device.type == "cpu" and not _C.observed() else value
-
-
-def _read_limit(max_norm: float | Tensor) -> float | Tensor:
-    """As :func:`_read_number`; a negative number in a tensor counts as NaN, as on devices."""
-    number = _read_number(max_norm)
-    return math.nan if type(number) is float and number < 0.0 else number
+    clip_value = _arguments.clip_value(clip_value, function)
+    _ops.clip_grad_value_(parameter_list, clip_value, foreach, _CLIP_GRAD_VALUE_)

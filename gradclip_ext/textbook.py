@@ -7,8 +7,6 @@ everything that holds there for dtypes, layouts and accuracy holds here.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,13 +14,14 @@ import torch
 from torch import Tensor
 from typing_extensions import deprecated  # torch itself requires it
 
-from gradclip_ext import _arguments, _general, _torch_ops, _torch_private
+from gradclip_ext import _arguments, _ops
 from gradclip_ext.functional import clip_grad_norm_
 
 __all__ = ["add_weight_decay_", "clip_grad_norm", "grad_clipping"]
 
+_ADD_WEIGHT_DECAY_ = _ops.Caller("add_weight_decay_")
 
-@torch.no_grad()
+
 def grad_clipping(net: Any, theta: float) -> Tensor:
     r"""Clip the gradients of a network as in the book "Dive into Deep Learning".
 
@@ -62,30 +61,10 @@ def grad_clipping(net: Any, theta: float) -> Tensor:
         tensor([[1.5000, 2.0000]])
     """
     function = "grad_clipping"
-    limit = _arguments._non_negative(theta, function, "theta")
-    given = []
-    names = []
-    for parameter_name, parameter in _parameters_of(net, function):
-        gradient = parameter.grad
-        if gradient is not None:
-            given.append(gradient)
-            names.append(f"{parameter_name}.grad")
-            _general._require_storage(gradient, names[-1], function)
-    if not given:
-        return torch.tensor(0.0)
-    _general._refuse_integers(given, names, function)
-    gradients = _general._Gradients(given, names)
-    _general._refuse_unwritable(given, names, function)
-    with _general._profiler_range(function):
-        _, norm = gradients.total_norm(2.0, None, torch.float64)
-        # As a tensor, because torch divides a number by multiplying with a rounded reciprocal.
-        radius = torch.full_like(norm, limit)
-        # A comparison, not a clamped quotient: that would be NaN for 0 / 0, and for a norm of NaN.
-        coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
-        gradients.scale_(coefficient, None)
-    # Real dtypes are left out of to_real(), which torch.compile cannot trace.
-    dtype = functools.reduce(torch.promote_types, [gradient.dtype for gradient in given])
-    return norm.to(dtype.to_real() if dtype.is_complex else dtype)
+    max_norm = _arguments.non_negative(theta, function, "theta")
+    pairs = _parameters_of(net, function)
+    caller = _ops.Caller(function, names=tuple(name for name, _ in pairs))
+    return _ops.project_([parameter for _, parameter in pairs], max_norm, caller)
 
 
 def _parameters_of(net: Any, function: str) -> list[tuple[str, Tensor]]:
@@ -105,7 +84,6 @@ def _parameters_of(net: Any, function: str) -> list[tuple[str, Tensor]]:
     return [(f"net.params[{index}]", parameter) for index, parameter in enumerate(parameters)]
 
 
-@torch.no_grad()
 def add_weight_decay_(parameters: Tensor | Iterable[Tensor], weight_decay: float) -> None:
     r"""Add to each gradient, in place, its parameter times ``weight_decay``.
 
@@ -136,63 +114,10 @@ def add_weight_decay_(parameters: Tensor | Iterable[Tensor], weight_decay: float
         >>> weight.grad
         tensor([ 2., -1.])
     """
-    function = "add_weight_decay_"
+    function = _ADD_WEIGHT_DECAY_.function
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
-    factor = _arguments._non_negative(weight_decay, function, "weight_decay")
-    given, names = _general._read_grads(parameter_list, function)
-    if factor == 0.0:
-        return
-    decayed = [parameter for parameter in parameter_list if parameter.grad is not None]
-    _general._refuse_integers(given, names, function)
-    for parameter, gradient, name in zip(decayed, given, names, strict=True):
-        _refuse_to_decay(parameter, gradient, factor, name, function)
-    _general._refuse_unwritable(given, names, function)
-
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    # As keys, so that no multi-tensor operation writes the same memory from two sides at once.
-    for parameter in dict.fromkeys(decayed):
-        gradient = parameter.grad
-        # Not a Parameter any more, which would count as a subclass below.
-        weight = parameter.detach()
-        kind = (gradient.device, gradient.dtype)
-        if (weight.device, weight.dtype) == kind:
-            gradients, weights = groups.setdefault(kind, ([], []))
-            gradients.append(gradient)
-            weights.append(weight)
-        else:
-            gradient.add_(weight.to(*kind), alpha=factor)
-    for (device, _), (gradients, weights) in groups.items():
-        if _torch_ops._use_multi_tensor([*gradients, *weights], device, None):
-            _torch_private.foreach_add_(gradients, weights, factor)
-        else:
-            for gradient, weight in zip(gradients, weights, strict=True):
-                gradient.add_(weight, alpha=factor)
-
-
-def _refuse_to_decay(
-    parameter: Tensor, gradient: Tensor, factor: float, name: str, function: str
-) -> None:
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"{function}: {name}: weight_decay option is not compatible with sparse gradients, "
-            f"found the layout {gradient.layout}"
-        )
-    if gradient.shape != parameter.shape:
-        raise ValueError(
-            f"{function}: {name} has to have the shape of its parameter, "
-            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
-        )
-    if parameter.is_complex() and not gradient.is_complex():
-        raise TypeError(
-            f"{function}: {name} has to be complex like its parameter, found {gradient.dtype}"
-        )
-    # torch raises for such a number, but only once it comes to this gradient.
-    if torch.finfo(gradient.dtype).max < factor < math.inf:
-        raise ValueError(
-            f"{function}: weight_decay has to be a number that the dtype of {name}, "
-            f"{gradient.dtype}, can hold, found {factor}"
-        )
-    _general._require_storage(parameter, name.removesuffix(".grad"), function)
+    weight_decay = _arguments.non_negative(weight_decay, function, "weight_decay")
+    _ops.add_weight_decay_(parameter_list, weight_decay, _ADD_WEIGHT_DECAY_)
 
 
 @deprecated(

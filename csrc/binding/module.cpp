@@ -1,5 +1,5 @@
 // The functions that Python calls, and their table. Every operation answers None when it declines
-// a list, with nothing changed, and a value when it took it; gradclip_ext/_general.py is the
+// a list, with nothing changed, and a value when it took it; gradclip_ext/_ops/fallback.py is the
 // fallback.
 #include <pybind11/pybind11.h>
 
@@ -210,6 +210,13 @@ bool py_is_native(py::handle tensor) { return is_native(unpack(tensor.ptr())); }
 
 bool py_is_flat(py::handle tensor) { return is_flat(unpack(tensor.ptr())); }
 
+// Whether the host may read the tensor's numbers without a device sync, with nobody watching.
+bool py_is_on_host(py::handle tensor) {
+  const at::Tensor unpacked = unpack(tensor.ptr());
+  const bool is_of_host = kGpuDevice != c10::DeviceType::CPU && unpacked.is_cpu();
+  return is_of_host && !observed();
+}
+
 std::string py_instruction_set() { return cpu::kernels().instruction_set; }
 
 void py_set_device_mode_type(py::handle type) { set_device_mode_type(type.ptr()); }
@@ -238,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("hold_exactly", &py_hold_exactly, arg("containers"), arg("expected"));
   m.def("is_native", &py_is_native, arg("tensor"));
   m.def("is_flat", &py_is_flat, arg("tensor"));
+  m.def("is_on_host", &py_is_on_host, arg("tensor"));
   m.def("observed", &observed);
   m.def("instruction_set", &py_instruction_set);
   m.def("set_device_mode_type", &py_set_device_mode_type, arg("type"));

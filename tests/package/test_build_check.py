@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gradclip_ext import _build_check
-from gradclip_ext._build_check import Facts
+from gradclip_ext._build_check import BuildFacts
 
-BUILT = Facts(torch="2.13.0+cpu", cuda=None, cxx11_abi=True, python="3.11")
+BUILT = BuildFacts(torch="2.13.0+cpu", cuda=None, cxx11_abi=True, python="3.11")
 COMMAND = "pip install -e here"
 
 
@@ -137,7 +137,7 @@ def test_check_passes_here():
 
 
 def test_check_raises_import_error(monkeypatch):
-    monkeypatch.setattr(_build_check, "installed", lambda: Facts("2.6.0", None, True, "3.11"))
+    monkeypatch.setattr(_build_check, "installed", lambda: BuildFacts("2.6.0", None, True, "3.11"))
     monkeypatch.setattr(_build_check, "built_with", lambda: BUILT)
     with pytest.raises(ImportError) as caught:
         _build_check.check()
@@ -160,7 +160,7 @@ def test_facts_are_those_of_the_installed_torch():
 def test_facts_of_the_build_are_those_written_down():
     from gradclip_ext import _built_with
 
-    assert _build_check.built_with() == Facts(
+    assert _build_check.built_with() == BuildFacts(
         torch=_built_with.TORCH_VERSION,
         cuda=_built_with.TORCH_CUDA,
         cxx11_abi=_built_with.CXX11_ABI,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-MODULES = ["clipper", "functional", "textbook", "thresholds"]
+MODULES = ["clipper", "functional", "norms", "textbook", "thresholds.agc", "thresholds.autoclip"]
 
 
 @pytest.mark.parametrize("name", MODULES)

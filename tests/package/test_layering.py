@@ -1,8 +1,12 @@
-"""csrc depends one way, binding -> {cpu, cuda} -> core, and heavy headers stay in one place.
+"""Dependencies point one way.
 
-So the kernels compile in seconds, run under sanitizers without torch, and can be bound elsewhere.
+csrc: binding -> {cpu, cuda} -> core, and heavy headers stay in one place, so the kernels compile in
+seconds, run under sanitizers without torch, and can be bound elsewhere. Python: public modules ->
+_ops -> _C, so that one place knows who does the work.
 """
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -73,3 +77,120 @@ def test_the_host_reads_a_number_of_the_gpu_in_one_place():
         if ".item(" in file.read_text(encoding="utf-8")
     }
     assert readers == {"binding/cuda_operations.cpp": 1}
+
+
+# Which parts of the package a part may import; a folder counts as one part, open to itself.
+PARTS = {
+    "__init__": {"_native", "_version", "clipper", "functional", "norms", "textbook", "thresholds"},
+    "__main__": {"__init__", "_C", "_built_with"},
+    "_arguments": set(),
+    "_build_check": {"_built_with"},
+    "_native": {"_C", "_build_check", "_ops"},
+    "_ops": {"_C", "_arguments"},
+    "_parameters": {"_C", "_arguments"},
+    "_version": set(),
+    "clipper": {"_arguments", "_ops", "_parameters", "thresholds"},
+    "functional": {"_arguments", "_ops"},
+    "norms": {"_arguments", "_ops", "_parameters"},
+    "textbook": {"_arguments", "_ops", "functional"},
+    "thresholds": {"_arguments", "_ops"},
+}
+PACKAGE = CSRC.parent / "gradclip_ext"
+MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.stem != "_built_with")
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def is_module(path: str) -> bool:
+    """Whether a dotted path below the package is a module, compiled or written by the build."""
+    folder = PACKAGE.joinpath(*path.split("."))
+    return folder.is_dir() or folder.with_suffix(".py").is_file() or path in ("_C", "_built_with")
+
+
+def imported_modules(file: Path) -> dict[str, str]:
+    """The modules of the package that a file imports, by the name that it gives them, and those
+    that it takes names from."""
+    modules = {}
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "gradclip_ext":
+                    path = alias.name.partition(".")[2] or "__init__"
+                    modules[alias.asname or alias.name] = path
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradclip_ext"):
+            origin = node.module.partition(".")[2]
+            for alias in node.names:
+                path = f"{origin}.{alias.name}" if origin else alias.name
+                if is_module(path):
+                    modules[alias.asname or alias.name] = path
+                else:
+                    modules[f"{origin}:{alias.name}"] = origin or "__init__"
+    return modules
+
+
+def test_every_part_of_the_package_has_its_place():
+    assert {part_of(file) for file in MODULES} == set(PARTS)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=module_name)
+def test_python_is_imported_downwards(file):
+    own = part_of(file)
+    imported = {path.split(".")[0] for path in imported_modules(file).values()}
+    assert imported - PARTS[own] - {own} == set()
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    def node(path: str) -> str:
+        is_folder = PACKAGE.joinpath(*path.split(".")).is_dir()
+        return f"{path}.__init__" if is_folder else path
+
+    graph = {
+        module_name(file): {node(path) for path in imported_modules(file).values()}
+        for file in MODULES
+    }
+    # Raises where there is a circle.
+    assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(graph)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=module_name)
+def test_no_private_name_of_another_module(file):
+    modules = imported_modules(file)
+    taken = [name for name in modules if ":_" in name and not name.endswith("__")]
+    asked = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not is_module(f"{modules[node.value.id]}.{node.attr}".removeprefix("__init__."))
+    ]
+    assert (taken, asked) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "text, home",
+    [
+        (r"is_compiling\b", "_ops/observation.py"),
+        (r"\b_C\.observed\b", "_ops/observation.py"),
+        (r"\btorch\._[a-zA-Z]|\btorch\.utils\._", "_ops/torch_private.py"),
+    ],
+)
+def test_one_place_asks(text, home):
+    found = [
+        str(file.relative_to(PACKAGE))
+        for file in MODULES
+        if re.search(text, file.read_text(encoding="utf-8"))
+    ]
+    assert found == [home]

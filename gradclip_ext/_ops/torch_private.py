@@ -39,10 +39,10 @@ def foreach_mul_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     torch._foreach_mul_(tensors, factor)
 
 
-def foreach_clamp_(tensors: list[torch.Tensor], bound: float) -> None:
-    """Limit every element of every tensor to ``[-bound, bound]`` in place."""
-    torch._foreach_clamp_min_(tensors, -bound)
-    torch._foreach_clamp_max_(tensors, bound)
+def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
+    """Limit every element of every tensor to ``[-clip_value, clip_value]`` in place."""
+    torch._foreach_clamp_min_(tensors, -clip_value)
+    torch._foreach_clamp_max_(tensors, clip_value)
 
 
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The torch-op way: norm, scale and clamp made of torch's own operations.
+"""Norm, scale and clamp made of torch's own operations.
 
 For tensors whose memory the native engine must not touch (subclasses, other devices, other
 layouts), for norm orders it does not know, and whenever something wants to see real operations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradclip_ext import _torch_private
+from gradclip_ext._ops import torch_private
+from gradclip_ext._ops.observation import compiling
 
 
 def total_norm(
@@ -64,9 +65,9 @@ def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
     """
     if isinstance(max_norm, Tensor):
         # In its own dtype: the comparison must not depend on the norm's.
-        limit = torch.where(max_norm >= 0, max_norm, torch.nan).reshape(()).to(norm.device)
-        coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        return torch.where(limit == torch.inf, torch.ones_like(coefficient), coefficient)
+        checked = torch.where(max_norm >= 0, max_norm, torch.nan).reshape(()).to(norm.device)
+        coefficient = torch.clamp(checked / (norm + 1e-6), max=1.0)
+        return torch.where(checked == torch.inf, torch.ones_like(coefficient), coefficient)
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
@@ -75,7 +76,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None)
     for device, group, multi_tensor in _groups(tensors, foreach):
         factor = coefficient.to(device)
         if multi_tensor:
-            _torch_private.foreach_mul_(group, factor)
+            torch_private.foreach_mul_(group, factor)
         else:
             for tensor in group:
                 tensor.mul_(factor)
@@ -88,14 +89,14 @@ def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         tensor.copy_(wide.mul_(coefficient.to(tensor.device)))
 
 
-def clamp_(tensors: Sequence[Tensor], bound: float, foreach: bool | None) -> None:
-    """Limit every element of every tensor to ``[-bound, bound]`` in place."""
+def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -> None:
+    """Limit every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     for _, group, multi_tensor in _groups(tensors, foreach):
         if multi_tensor:
-            _torch_private.foreach_clamp_(group, bound)
+            torch_private.foreach_clamp_(group, clip_value)
         else:
             for tensor in group:
-                tensor.clamp_(min=-bound, max=bound)
+                tensor.clamp_(min=-clip_value, max=clip_value)
 
 
 def require_foreach_support(tensors: Sequence[Tensor], foreach: bool | None) -> None:
@@ -103,7 +104,7 @@ def require_foreach_support(tensors: Sequence[Tensor], foreach: bool | None) -> 
     if not foreach:
         return
     for tensor in tensors:
-        if not _torch_private.device_has_foreach_support(tensor.device):
+        if not torch_private.device_has_foreach_support(tensor.device):
             raise RuntimeError(
                 "foreach=True was passed, but can't use the foreach API on "
                 f"{tensor.device.type} tensors"
@@ -118,15 +119,40 @@ def _groups(
     for tensor in tensors:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return [
-        (device, group, _use_multi_tensor(group, device, foreach))
+        (device, group, use_multi_tensor(group, device, foreach))
         for (device, _), group in by_kind.items()
     ]
 
 
-def _use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | None) -> bool:
+def use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | None) -> bool:
+    """Whether torch's functions would take the multi-tensor operations for these tensors."""
     if foreach is not None:
-        return foreach and _torch_private.device_has_foreach_support(device)
+        return foreach and torch_private.device_has_foreach_support(device)
     # They refuse to write tensors that are negated or conjugated lazily.
-    if not torch.compiler.is_compiling() and any(t.is_neg() or t.is_conj() for t in group):
+    if not compiling() and any(t.is_neg() or t.is_conj() for t in group):
         return False
-    return _torch_private.has_foreach_support(group, device)
+    return torch_private.has_foreach_support(group, device)
+
+
+def clip_units_(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> None:
+    """Clip each unit of a dense gradient in place; see ``adaptive_clip_grad_``."""
+    limits = _unit_norms(parameter).clamp(min=eps) * clip_factor
+    norms = _unit_norms(gradient)
+    exceeds = (norms > limits) & norms.isfinite()
+    coefficients = (limits / norms.clamp(min=1e-6)).masked_fill(exceeds.logical_not(), 1.0)
+    wide = gradient.dtype in (torch.float64, torch.complex128)
+    # At least one dimension, and float32 for 16 bits: torch would round a 0-dim coefficient to the
+    # gradient's dtype before it multiplies.
+    whole = gradient if gradient.dim() else gradient.unsqueeze(0)
+    whole.mul_(coefficients.to(torch.float64 if wide else torch.float32))
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """The norm of each unit in float64, in a shape that broadcasts with the tensor's."""
+    if tensor.dim() == 0:
+        tensor = tensor.unsqueeze(0)
+    dimensions = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else (0,)
+    # In 16 bits a sum of many squares would lose most of them.
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dimensions, keepdim=True, dtype=wide)
+    return norms.to(torch.float64)

@@ -1,0 +1,175 @@
+"""The operations on gradients, and who does them: the native engine, else torch's operations.
+
+This is the only place that knows of both. Each operation offers its list to ``_C``, which takes it
+as a whole or answers None with nothing changed; what it declines goes to :mod:`.fallback`, which
+finds every error before the first write. The public modules check and name the arguments; from
+here on they are known to be of the right types.
+
+``parameters`` are tensors whose ``.grad`` is meant, ``tensors`` are meant themselves; both are
+lists or tuples, whose elements are checked here. ``caller`` says how messages name the function and
+its list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _C
+from gradclip_ext._ops import fallback
+from gradclip_ext._ops.gradients import Caller
+from gradclip_ext._ops.observation import offer
+from gradclip_ext._ops.scalars import Scalar, clip_coefficient, isfinite, known, select, smallest
+
+__all__ = [
+    "Caller",
+    "Scalar",
+    "add_weight_decay_",
+    "clip_coefficient",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "clip_units_",
+    "get_total_norm",
+    "grad_norms",
+    "isfinite",
+    "known",
+    "native_grad_norms",
+    "project_",
+    "scale_",
+    "scale_each_",
+    "select",
+    "smallest",
+]
+
+
+def clip_grad_norm_(
+    parameters: Sequence[Any],
+    max_norm: Scalar,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    dtype: torch.dtype | None,
+    caller: Caller,
+) -> Tensor:
+    """See :func:`gradclip_ext.clip_grad_norm_`."""
+    max_norm = _known_max_norm(max_norm)
+    norm = offer(
+        _C.clip_grad_norm_, parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
+    )
+    if norm is not None:
+        return norm
+    return fallback.clip_grad_norm_(
+        parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, caller
+    )
+
+
+def get_total_norm(
+    tensors: Sequence[Any],
+    norm_type: float,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    dtype: torch.dtype | None,
+    caller: Caller,
+) -> Tensor:
+    """See :func:`gradclip_ext.get_total_norm`."""
+    norm = offer(_C.get_total_norm, tensors, norm_type, bool(error_if_nonfinite), dtype)
+    if norm is not None:
+        return norm
+    return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)
+
+
+def clip_grads_with_norm_(
+    parameters: Sequence[Any],
+    max_norm: Scalar,
+    total_norm: Scalar,
+    foreach: bool | None,
+    caller: Caller,
+) -> None:
+    """See :func:`gradclip_ext.clip_grads_with_norm_`."""
+    max_norm = _known_max_norm(max_norm)
+    total_norm = known(total_norm)
+    if offer(_C.clip_grads_with_norm_, parameters, max_norm, total_norm) is None:
+        fallback.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, caller)
+
+
+def clip_grad_value_(
+    parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
+) -> None:
+    """See :func:`gradclip_ext.clip_grad_value_`."""
+    if offer(_C.clip_grad_value_, parameters, clip_value) is None:
+        fallback.clip_grad_value_(parameters, clip_value, foreach, caller)
+
+
+def grad_norms(
+    parameters: Sequence[Any],
+    norm_type: float,
+    dtype: torch.dtype | None,
+    caller: Caller,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients and of each: 0-dim and 1-D, float64, on the first one's device.
+
+    The second has an entry for each parameter, 0 where it has no gradient. With ``weight_decay``
+    each gradient first has that multiple of its parameter added to it, in the same pass.
+    ``dtype`` is what the caller rounds the norms to, None for that of the gradients: they are
+    measured no more accurately than that asks for.
+    """
+    norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    if norms is None and weight_decay > 0.0:
+        add_weight_decay_(parameters, weight_decay, Caller("add_weight_decay_"))
+        norms = native_grad_norms(parameters, norm_type, dtype)
+    return norms or fallback.grad_norms(parameters, norm_type, caller)
+
+
+def native_grad_norms(
+    parameters: Sequence[Any],
+    norm_type: float,
+    dtype: torch.dtype | None,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`grad_norms`; None, with nothing changed, where the list is not wholly native."""
+    return offer(_C.grad_norms, parameters, norm_type, dtype, weight_decay)
+
+
+def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
+    """Multiply every gradient by a number, or by a 0-dim tensor that is not waited for."""
+    if offer(_C.scale_, parameters, coefficient) is None:
+        fallback.scale_(parameters, coefficient, caller)
+
+
+def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller) -> None:
+    """Multiply each gradient by its own entry of a 1-D float64 tensor.
+
+    1 writes nothing, 0 clears the gradient, also what is not finite in it.
+    """
+    if offer(_C.scale_each_, parameters, coefficients) is None:
+        fallback.scale_each_(parameters, coefficients, caller)
+
+
+def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Caller) -> None:
+    """See :func:`gradclip_ext.add_weight_decay_`."""
+    fallback.add_weight_decay_(parameters, weight_decay, caller)
+
+
+def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
+    """Scale the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
+    return fallback.project_(parameters, max_norm, caller)
+
+
+def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller) -> None:
+    """See :func:`gradclip_ext.adaptive_clip_grad_`."""
+    fallback.clip_units_(parameters, clip_factor, eps, caller)
+
+
+def _known_max_norm(max_norm: Scalar) -> Scalar:
+    """As :func:`known`; a negative number in a tensor counts as NaN, as on devices."""
+    # First and without another call, because it is what nearly every call brings.
+    if type(max_norm) is float:
+        return max_norm
+    number = known(max_norm)
+    return math.nan if type(number) is float and number < 0.0 else number

@@ -1,0 +1,239 @@
+"""Reads the gradients of a list, refuses those that cannot be, and sorts the others.
+
+Everything that can be wrong with a list is found here, before the first gradient is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _C, _arguments
+from gradclip_ext._ops import dtensor, torch_ops, torch_private
+from gradclip_ext._ops.observation import compiling, observed
+
+_NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
+
+# As in csrc/core/norm.h: a smaller one would lose bits, or vanish, in float32.
+_SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Caller:
+    """How messages name the public function and what is in its list.
+
+    Attributes:
+        function: the function.
+        argument: its argument that holds the list.
+        names: what to call each entry, where it has a name of its own.
+    """
+
+    function: str
+    argument: str = "parameters"
+    names: tuple[str, ...] | None = None
+
+    def entry(self, index: int) -> str:
+        """What to call an entry of the list."""
+        return self.names[index] if self.names is not None else f"{self.argument}[{index}]"
+
+
+class Gradients:
+    """Gradients, sorted by who measures and who writes them.
+
+    Everything is written in place, where it lies: with copies that are written back, a gradient
+    that is listed twice, or two views of one memory, would be scaled once.
+
+    Attributes:
+        given: the gradients as they came, 0 or more tensors of any shape, dtype and device.
+        names: what to call each of them in a message.
+        measured: flat memory for the native engine to read: gradients, or copies of strided views
+            with gaps, or the sums that an uncoalesced sparse gradient stands for.
+        native: flat memory for the native engine to write.
+        fallback: tensors for torch's operations to read.
+        in_place: tensors for torch's operations to write.
+    """
+
+    def __init__(self, given: list[Tensor], names: list[str], norm_type: float = 2.0) -> None:
+        self.given = given
+        self.names = names
+        self.measured: list[Tensor] = []
+        self.native: list[Tensor] = []
+        self.fallback: list[Tensor] = []
+        self.in_place: list[Tensor] = []
+        native_allowed = norm_type in _NATIVE_NORM_TYPES and not observed()
+        for gradient in given:
+            stored = values = stored_values(gradient)
+            if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
+                values = gradient.coalesce().values()
+            if not native_allowed or not _C.is_native(values):
+                self.fallback.append(values)
+                self.in_place.append(stored)
+                continue
+            self.measured.append(values if _C.is_flat(values) else values.contiguous())
+            (self.native if _C.is_flat(stored) else self.in_place).append(stored)
+
+    def total_norm(
+        self, norm_type: float, foreach: bool | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm as it is returned, and the same before it was rounded to its dtype."""
+        if not self.measured:
+            norm = torch_ops.total_norm(self.fallback, norm_type, foreach, dtype)
+            return norm, norm
+        torch_ops.require_foreach_support(self.fallback, foreach)
+        # Only the L2 norm takes a complex number as two real ones.
+        measured = [
+            t.to(torch.complex128).abs() if t.is_complex() and norm_type != 2.0 else t
+            for t in self.measured
+        ]
+        norms = [
+            _finish(norm_type, _C.power_sum(group, norm_type))
+            for group in _by_device(measured).values()
+        ]
+        if self.fallback:
+            norm = torch_ops.total_norm(self.fallback, norm_type, None, torch.float64)
+            norms.append(dtensor.whole(norm))
+        # One number of each device travels to where the result has to be.
+        device = self.given[0].device
+        exact = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
+        result_dtype = dtype or torch_ops.norm_dtype(self.given)
+        return exact.to(result_dtype), exact
+
+    def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
+        """Multiply every gradient by a 0-dim tensor; 1 on the CPU writes nothing."""
+        is_plain = not observed() and type(coefficient) is Tensor
+        known = coefficient.item() if is_plain and coefficient.device.type == "cpu" else None
+        if known == 1.0:
+            self.bump_versions()
+            return
+        # First, because torch's operations may fail, and the native ones cannot.
+        if known is not None and abs(known) < _SMALLEST_FLOAT32_COEFFICIENT:
+            torch_ops.scale_in_float64_(self.in_place, coefficient)
+        else:
+            torch_ops.scale_(self.in_place, coefficient, foreach)
+        for device, group in _by_device(self.native).items():
+            if known is not None:
+                _C.scale_tensors_(group, known)
+            elif device.type == "cpu":
+                _C.scale_tensors_(group, coefficient.item())
+            else:
+                _C.scale_tensors_(group, coefficient.to(device))
+        self._bump_versions_of_sparse()
+
+    def clamp_(self, clip_value: float, foreach: bool | None) -> None:
+        """Limit every element of every gradient to ``[-clip_value, clip_value]``."""
+        torch_ops.clamp_(self.in_place, clip_value, foreach)
+        for group in _by_device(self.native).values():
+            _C.clamp_tensors_(group, clip_value)
+        self._bump_versions_of_sparse()
+
+    def bump_versions(self) -> None:
+        """Count as written, without writing: torch's functions always write."""
+        if compiling():
+            return
+        for gradient in self.given:
+            if not gradient.is_inference():
+                torch.autograd.graph.increment_version(gradient)
+
+    def _bump_versions_of_sparse(self) -> None:
+        # Their values have a version of their own.
+        for gradient in self.given:
+            if gradient.layout == torch.sparse_coo and not gradient.is_inference():
+                torch.autograd.graph.increment_version(gradient)
+
+
+def read_tensors(tensors: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
+    """The tensors, and what to call each of them."""
+    names = []
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise _arguments.item_error(tensor, caller.function, caller.argument, index)
+        names.append(caller.entry(index))
+        require_storage(tensor, names[-1], caller.function)
+    return list(tensors), names
+
+
+def read_grads(parameters: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
+    """The gradients of those parameters that have one, and what to call each of them."""
+    gradients = []
+    names = []
+    for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor):
+            raise _arguments.item_error(parameter, caller.function, caller.argument, index)
+        gradient = parameter.grad
+        if gradient is not None:
+            gradients.append(gradient)
+            names.append(f"{caller.entry(index)}.grad")
+            require_storage(gradient, names[-1], caller.function)
+    return gradients, names
+
+
+def require_storage(tensor: Tensor, name: str, function: str) -> None:
+    """Refuse a tensor whose memory is gone, which torch would read all the same."""
+    if observed():
+        return
+    stored = stored_values(tensor)
+    if not _C.is_native(stored) or stored.numel() == 0:
+        return
+    if stored.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"{function}: {name} of shape {tuple(tensor.shape)} has no memory: "
+            "its storage was resized to 0 bytes"
+        )
+
+
+def refuse_integers(gradients: list[Tensor], names: list[str], function: str) -> None:
+    """Raise for a dtype that has no norm."""
+    for gradient, name in zip(gradients, names, strict=True):
+        if not gradient.is_floating_point() and not gradient.is_complex():
+            raise TypeError(
+                f"{function}: {name} has to have a floating point or complex dtype, "
+                f"found {gradient.dtype}"
+            )
+
+
+def refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> None:
+    """Raise, before anything is written, what torch would raise in the midst of writing."""
+    if compiling():
+        return
+    for gradient, name in zip(given, names, strict=True):
+        stored = stored_values(gradient)
+        if stored.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{function}: {name}: Inplace update to inference tensor outside "
+                "InferenceMode is not allowed."
+            )
+        if stored.layout == torch.strided and overlaps_itself(stored):
+            raise RuntimeError(
+                f"{function}: {name}: unsupported operation: more than one element of the "
+                "written-to tensor refers to a single memory location. Please clone() the "
+                "tensor before performing the operation."
+            )
+
+
+def stored_values(gradient: Tensor) -> Tensor:
+    """What a gradient keeps in memory: the values of a sparse one, any other itself."""
+    if gradient.layout == torch.sparse_coo:
+        return torch_private.stored_values(gradient)
+    return gradient
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """What torch's in-place operations refuse: a stretched dimension, as ``expand`` makes."""
+    return tensor.numel() > 0 and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    return groups
+
+
+def _finish(norm_type: float, power_sum: Tensor) -> Tensor:
+    return power_sum.sqrt() if norm_type == 2.0 else power_sum

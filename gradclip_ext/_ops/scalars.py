@@ -1,0 +1,70 @@
+"""The few numbers of a step: known on the host, or tensors that nobody has read yet.
+
+Python's operators work on both, and the functions here do the rest, so that a formula is written
+once. On the CPU a number is read and computed with directly; on a GPU it stays a tensor, without a
+device sync.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradclip_ext import _C
+from gradclip_ext._ops.observation import compiling
+
+__all__ = ["Scalar", "clip_coefficient", "isfinite", "known", "select", "smallest"]
+
+# A number that the host knows, or a tensor; where many parameters have one each, a 1-D tensor.
+Scalar = float | Tensor
+
+
+def known(number: Scalar) -> Scalar:
+    """The number in a one-element tensor, where reading it needs no device sync and nobody watches.
+
+    Anything else is returned as it is.
+    """
+    # Exact types: a subclass may hold its number elsewhere.
+    if type(number) is not Tensor and type(number) is not Parameter:
+        return number
+    if compiling() or number.numel() != 1 or not _C.is_on_host(number):
+        return number
+    return float(number.item())
+
+
+def isfinite(number: Scalar) -> bool | Tensor:
+    """Whether the number is neither NaN nor infinite."""
+    return number.isfinite() if isinstance(number, Tensor) else math.isfinite(number)
+
+
+def smallest(number: Scalar, device: torch.device) -> Scalar:
+    """The smallest of the numbers in a tensor, on a device where it is not known."""
+    return known(number.min().to(device)) if isinstance(number, Tensor) else number
+
+
+def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
+    """The number where the condition holds, else the other."""
+    if not isinstance(condition, Tensor):
+        return number if condition else other
+    if not isinstance(number, Tensor):
+        number = torch.full_like(condition, number, dtype=torch.float64)
+    return torch.where(condition.to(number.device), number, other)
+
+
+def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:
+    """``min(1, limit / (norm + epsilon))``; 1 for an infinite limit, whatever the norm.
+
+    A norm that is NaN gives NaN, and 1 where norm, limit and epsilon are all 0.
+    """
+    total = norm + epsilon
+    return select((total <= limit) | (limit == math.inf), 1.0, _quotient(limit, total))
+
+
+def _quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
+    # Python raises where floating point has an answer.
+    if isinstance(divisor, float) and divisor == 0.0:
+        return dividend * math.inf
+    return dividend / divisor

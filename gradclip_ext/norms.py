@@ -1,0 +1,78 @@
+"""The norm of each gradient, and of all together, from one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._parameters import Collection, default_names
+
+__all__ = ["GradNorms", "grad_norms"]
+
+_GRAD_NORMS = _ops.Caller("grad_norms")
+
+
+class GradNorms(NamedTuple):
+    """What :func:`grad_norms` returns.
+
+    Attributes:
+        total: the norm of all gradients together, a 0-dim tensor.
+        norms: the norm of each gradient, a 1-D tensor with an entry for each parameter; 0 where a
+            parameter has no gradient.
+        names: what the parameters are called, in the same order.
+    """
+
+    total: Tensor
+    norms: Tensor
+    names: tuple[str, ...]
+
+
+def grad_norms(
+    source: Any, norm_type: float = 2.0, *, dtype: torch.dtype | None = None
+) -> GradNorms:
+    """Measure the gradients of a model together and each, in one pass.
+
+    The norms stay on the gradients' device, and nothing waits for it.
+
+    Args:
+        source: a module, its ``named_parameters()``, parameters, or an optimizer or its
+            ``param_groups``.
+        norm_type: order of the norm, as in :func:`gradclip_ext.clip_grad_norm_`.
+        dtype: ``torch.float32`` or ``torch.float64``, what the results are rounded to. Without it
+            they are float64 tensors, as good as the gradients' own dtype asks for.
+
+    Returns:
+        The total norm, the norm of each gradient and the names, see :class:`GradNorms`.
+
+    Raises:
+        TypeError: an argument or a parameter has the wrong type.
+        ValueError: there are no parameters.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> model(torch.tensor([3.0, 4.0])).backward()
+    >>> grad_norms(model, dtype=torch.float32)
+    GradNorms(total=tensor(5.0990), norms=tensor([5., 1.]), names=('weight', 'bias'))
+    """
+    function = _GRAD_NORMS.function
+    norm_type = _arguments.norm_type(norm_type, function)
+    if dtype is not None:
+        _arguments.result_dtype(dtype, function)
+    # A list of parameters is not looked through in Python: that takes longer than measuring.
+    if type(source) in (list, tuple):
+        measured = _ops.native_grad_norms(source, norm_type, dtype)
+        if measured is not None:
+            return _rounded(*measured, default_names(len(source)), dtype)
+    collection = Collection(source, function)
+    measured = _ops.grad_norms(collection.parameters, norm_type, dtype, _GRAD_NORMS)
+    return _rounded(*measured, collection.names, dtype)
+
+
+def _rounded(
+    total: Tensor, norms: Tensor, names: tuple[str, ...], dtype: torch.dtype | None
+) -> GradNorms:
+    if dtype is None:
+        return GradNorms(total, norms, names)
+    return GradNorms(total.to(dtype), norms.to(dtype), names)

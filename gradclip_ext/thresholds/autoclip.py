@@ -1,0 +1,125 @@
+"""AutoClip: a percentile of the norms so far (Seetharaman et al., 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _arguments
+from gradclip_ext.thresholds.rule import Rule
+
+__all__ = ["AutoClip"]
+
+# The most elements that torch.quantile and torch.nanquantile sort.
+_LARGEST_WINDOW = 2**24
+
+# Elements of a history at its first step; it doubles from there.
+_FIRST_CAPACITY = 64
+
+
+class AutoClip(Rule):
+    r"""The limit is a percentile of the norms so far, this step's included.
+
+    .. math::
+        G_t = (\lVert g_1 \rVert, \dots, \lVert g_t \rVert), \qquad
+        \text{limit}_t = \text{percentile}_p(G_t)
+
+    with linear interpolation between neighbours, as :func:`numpy.percentile`. The method is that of
+    Seetharaman, Wichern, Pardo and Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
+    Separation Networks" (2020), arXiv 2007.14469. The paper keeps every norm; here the last
+    ``window`` ones count, because they are sorted at each step.
+
+    Norms that are not finite are not part of the history. Before the first finite one the limit
+    is ``inf``.
+
+    Args:
+        percentile: which one, from 0 to 100. With 10, the paper's, nine of ten steps are clipped.
+        window: how many norms are kept, at most 2**24, which is as many as
+            :func:`torch.nanquantile` takes. Memory is 8 bytes for each, and grows with the steps.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: ``percentile`` or ``window`` is outside its range.
+
+    >>> rule = AutoClip(percentile=50.0)
+    >>> for norm in (1.0, 2.0, 6.0):
+    ...     total = torch.tensor(norm, dtype=torch.float64)
+    ...     print(rule.limits(total, total.view(1)).item())
+    1.0
+    1.5
+    2.0
+    """
+
+    def __init__(self, percentile: float = 10.0, window: int = 10_000) -> None:
+        super().__init__()
+        self.percentile = _arguments.between(percentile, 0, 100, "AutoClip", "percentile")
+        self.window = _arguments.whole_number(window, "AutoClip", "window", 1, _LARGEST_WINDOW)
+        # At least as many as there are norms in the history: how many of them were finite is
+        # known on the device only.
+        self._steps = 0
+
+    def _settings(self) -> dict[str, Any]:
+        # The order of the ring, and where it goes on, depend on its length.
+        return {"window": self.window}
+
+    def _initial(self, parameter_count: int, device: torch.device) -> dict[str, Tensor]:
+        return {
+            "count": torch.zeros((), dtype=torch.float64, device=device),
+            "history": _unknown(min(self.window, _FIRST_CAPACITY), device),
+        }
+
+    def _advance(
+        self, state: dict[str, Tensor], total: Tensor, norms: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        count, history = state["count"], self._grown(state["history"])
+        finite = total.isfinite()
+        # The place is computed on the device and moves on after finite norms only. Otherwise each
+        # non-finite one would push a good one out of a full ring, and many of them all.
+        place = count.remainder(self.window).to(torch.int64).view(1)
+        kept = torch.where(finite, total, history.index_select(0, place))
+        history.index_copy_(0, place, kept)
+        self._steps += 1
+        # Places that are not taken yet hold NaN, which nanquantile passes over.
+        limit = torch.nanquantile(history, self.percentile / 100.0)
+        limit = limit.masked_fill(limit.isnan(), math.inf)
+        return limit, {"count": count + finite, "history": history}
+
+    def _grown(self, history: Tensor) -> Tensor:
+        """The history, with a place for the norm of this step."""
+        capacity = history.numel()
+        needed = min(self._steps + 1, self.window)
+        while capacity < needed:
+            capacity = min(2 * capacity, self.window)
+        if capacity == history.numel():
+            return history
+        return torch.cat([history, _unknown(capacity - history.numel(), history.device)])
+
+    def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        if state["window"] != self.window:
+            raise ValueError(
+                f"AutoClip: state['window'] has to be {self.window}, as this object's, "
+                f"found {state['window']!r}"
+            )
+        capacity = tensors["history"].numel()
+        count = float(tensors["count"])
+        if not 1 <= capacity <= self.window:
+            raise ValueError(
+                f"AutoClip: state['history'] has to hold 1 to {self.window} norms, found {capacity}"
+            )
+        if not (count >= 0.0 and min(count, self.window) <= capacity):
+            raise ValueError(
+                f"AutoClip: state['history'] has to have a place for each of state['count'] norms, "
+                f"found {capacity} places for {count}"
+            )
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        super()._restore(tensors)
+        self._steps = int(tensors["count"])
+
+
+def _unknown(size: int, device: torch.device) -> Tensor:
+    return torch.full((size,), math.nan, dtype=torch.float64, device=device)

@@ -1,0 +1,202 @@
+"""What a rule offers to the clipper, and what the rules of the literature have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold"]
+
+
+@runtime_checkable
+class Threshold(Protocol):
+    """What a rule has to offer: limits for this step's norms, and a state that can be saved.
+
+    Attributes:
+        per_parameter: whether :meth:`limits` gives one limit for each parameter.
+        epsilon: what is added to a norm before a limit is divided by it. A coefficient is
+            ``min(1, limit / (norm + epsilon))``, and 1 where the norm is within its limit.
+    """
+
+    per_parameter: bool
+    epsilon: float
+
+    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
+        """Take in the norms of this step and give its limits.
+
+        Args:
+            total: the norm of all gradients together before clipping, 0-dim, float64.
+            norms: the norm of each parameter's gradient, 1-D, float64, on the device of ``total``;
+                0 for a parameter that has no gradient.
+
+        Returns:
+            A float64 tensor on the same device: 0-dim, or as long as ``norms`` where
+            ``per_parameter`` is set. ``inf`` where nothing is to be clipped.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of what was measured so far: tensors and numbers, and the class as ``"rule"``."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was called."""
+        ...
+
+
+class Rule:
+    """What the rules have in common: a state of tensors, which is created, moved, saved, loaded."""
+
+    per_parameter: bool = False
+    # The papers divide by the norm itself.
+    epsilon: float = 0.0
+
+    def __init__(self) -> None:
+        # Empty before the first step: only then are the device and the parameters known.
+        self._state: dict[str, Tensor] = {}
+
+    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
+        """Take in the norms of this step and give its limits, as :meth:`Threshold.limits`.
+
+        A ``total`` that is not finite leaves the state as it was and gives a limit computed from
+        that. What becomes of such gradients is for the caller to decide.
+        """
+        # Nothing of the graph that computed the norms may live on in the state.
+        total = total.detach().to(torch.float64)
+        norms = norms.detach().to(torch.float64)
+        state = self._state or self._initial(norms.numel(), total.device)
+        state = {name: tensor.to(total.device) for name, tensor in state.items()}
+        with torch.no_grad():
+            limits, self._state = self._advance(state, total, norms)
+        return limits
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of what was measured so far: tensors and numbers, and the class as ``"rule"``."""
+        state = self._state or self._initial(0, torch.device("cpu"))
+        copies = {name: tensor.clone() for name, tensor in state.items()}
+        return {"rule": self._name, **copies, **self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was called, with the same bits.
+
+        The arguments of the rule are its own; none is taken from ``state``.
+
+        Raises:
+            TypeError: ``state`` is not a mapping.
+            ValueError: it is the state of another rule, lacks something, or does not fit this
+                object. Nothing is changed then.
+        """
+        tensors = self._read(state)
+        self._check(tensors, state)
+        self._restore({name: tensor.detach().clone() for name, tensor in tensors.items()})
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _initial(self, parameter_count: int, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step."""
+        raise NotImplementedError
+
+    def _advance(
+        self, state: dict[str, Tensor], total: Tensor, norms: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This step's limits, and the state after it."""
+        raise NotImplementedError
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments without which the state could not be understood."""
+        return {}
+
+    def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Refuse a state of the right form that does not fit this object."""
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self._state = tensors
+
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a state, in the form that :meth:`_initial` gives them."""
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{self._name}: state has to be a mapping, found {type(state).__name__}"
+            )
+        if state.get("rule") != self._name:
+            raise ValueError(
+                f"{self._name}: state['rule'] has to be {self._name!r}, "
+                f"found {state.get('rule', 'nothing')!r}"
+            )
+        pattern = self._initial(0, torch.device("cpu"))
+        expected = [*pattern, *self._settings()]
+        missing = [key for key in expected if key not in state]
+        if missing:
+            raise ValueError(
+                f"{self._name}: state has to hold {', '.join(map(repr, expected))}, "
+                f"found none of {', '.join(map(repr, missing))}"
+            )
+        for name, model in pattern.items():
+            found = state[name]
+            form = f"a tensor of {model.dim()} dimensions and dtype {model.dtype}"
+            if not isinstance(found, Tensor):
+                raise ValueError(
+                    f"{self._name}: state[{name!r}] has to be {form}, found {type(found).__name__}"
+                )
+            if found.dim() != model.dim() or found.dtype != model.dtype:
+                raise ValueError(
+                    f"{self._name}: state[{name!r}] has to be {form}, "
+                    f"found {found.dim()} dimensions and dtype {found.dtype}"
+                )
+        return {name: state[name] for name in pattern}
+
+
+class StatelessRule:
+    """A rule that remembers nothing, so that there is nothing to save.
+
+    Attributes:
+        only_measures: whether it never limits the norm of a whole gradient.
+    """
+
+    per_parameter: bool = False
+    epsilon: float = 0.0
+    only_measures: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take an empty state.
+
+        Raises:
+            ValueError: the state is not empty, and so that of another rule.
+        """
+        if state:
+            raise ValueError(
+                f"{type(self).__name__}: state has to be empty, found {', '.join(map(str, state))}"
+            )
+
+
+class FixedThreshold(StatelessRule):
+    """The limit that a plain number is: the same in every step, as in ``clip_grad_norm_``.
+
+    Args:
+        max_norm: largest norm, greater than 0; with ``inf`` nothing is clipped.
+    """
+
+    # torch's, in clip_grad_norm_.
+    epsilon: float = 1e-6
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+        self.only_measures = max_norm == math.inf
+        # On the device of the norms, so that no step has to bring it there.
+        self._limit = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
+
+    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
+        """The number, 0-dim, as :meth:`Threshold.limits`."""
+        if self._limit.device != total.device:
+            self._limit = self._limit.to(total.device)
+        return self._limit
