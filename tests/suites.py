@@ -8,7 +8,7 @@ TESTS = Path(__file__).resolve().parent
 
 # On the CPU, on CUDA, and over the emulated CUDA engine: their tensors name no device, so a default
 # device is all it takes. A file of which only the CPU can be asked says so: pytestmark = cpu_only.
-ON_EVERY_DEVICE = {"clipper", "functional", "textbook", "thresholds"}
+ON_EVERY_DEVICE = {"clipper", "functional", "norms", "textbook", "thresholds"}
 # On every build of the package, once.
 ON_EVERY_BUILD = {"gpu", "package"}
 # About the sources: they say nothing of the build that they run on, or compile csrc by themselves.
