@@ -27,13 +27,13 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def prose(page: Path) -> str:
-    """The text of a page without what is in fences, with as many lines."""
+    """The text of a page without fenced code, with the same number of lines."""
     text = page.read_text(encoding="utf-8")
     return FENCED.sub(lambda match: "\n" * match[0].count("\n"), text)
 
 
 def anchors(page: Path) -> set[str]:
-    """What can follow the # in a link to a page, as GitHub makes it of headings."""
+    """What can follow the # in a link to a page, as GitHub derives it from the headings."""
     found: list[str] = []
     for heading in HEADING.findall(prose(page)):
         plain = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -43,7 +43,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def problem(page: Path, link: str) -> str | None:
-    """Returns what is wrong with a link between files, None for one that resolves."""
+    """Returns what is wrong with a link between files, None if it resolves."""
     path, _, anchor = link.partition("#")
     target = (page.parent / path).resolve() if path else page
     if not target.exists():
@@ -60,7 +60,7 @@ def links(page: Path) -> list[str]:
 
 
 def rows_of_tables(page: Path) -> list[list[str]]:
-    """The lines of each table: all that begin with a bar, one after another."""
+    """The lines of each table: consecutive lines that begin with a bar."""
     tables: list[list[str]] = [[]]
     for line in prose(page).splitlines():
         if ROW.match(line):
@@ -81,7 +81,7 @@ def test_links_resolve(page):
 
 @each_page
 def test_tables_are_whole(page):
-    """An empty line in the midst of a table makes plain text of the rows behind it."""
+    """An empty line inside a table turns the rows after it into plain text."""
     for table in rows_of_tables(page):
         assert len(table) > 2 and DELIMITERS.match(table[1]), table[0]
         assert {cells(row) for row in table} == {cells(table[0])}
