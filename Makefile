@@ -48,7 +48,7 @@ test: $(BUILT)  ## Run all tests.
 	$(BIN)/python -m pytest
 
 bench: $(BUILT)  ## Time clipping beside torch's; numbers and plots go to build/bench.
-	$(BIN)/python bench/bench_clip.py --output build/bench/clip.json
+	$(BIN)/python bench/clip.py --output build/bench/clip.json
 	$(BIN)/python bench/plot.py build/bench/clip.json
 
 cuda: $(CUDA_BUILT)  ## Build with the CUDA engine, in CUDA_VENV, and test that build on the CPU.

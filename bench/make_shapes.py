@@ -1,4 +1,4 @@
-"""Writes shapes/*.json, the parameter shapes that bench_clip.py builds its gradients from.
+"""Writes shapes/*.json, the parameter shapes that clip.py builds its gradients from.
 
     python bench/make_shapes.py
 

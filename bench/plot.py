@@ -1,4 +1,4 @@
-"""Draws what bench_clip.py has written.
+"""Draws what clip.py has written.
 
     python bench/plot.py bench/results/NAME.json
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", type=Path, help="JSON file of bench_clip.py")
+    parser.add_argument("report", type=Path, help="JSON file of clip.py")
     parser.add_argument("--dtype", default="float32", help="which rows (default: float32)")
     options = parser.parse_args(arguments)
     report = loads(options.report.read_text())

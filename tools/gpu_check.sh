@@ -53,7 +53,7 @@ else
   echo "compute-sanitizer is not installed: not run" | tee -a "$summary"
 fi
 
-step bench 240 "$python" bench/bench_clip.py --suite gpu --device cuda --output "$out/clip-gpu.json"
+step bench 240 "$python" bench/clip.py --suite gpu --device cuda --output "$out/clip-gpu.json"
 [ -f "$out/clip-gpu.json" ] && step plots 60 "$python" bench/plot.py "$out/clip-gpu.json"
 
 [ -f "$out/bench.log" ] && cat "$out/bench.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS_AND_MODULES = sorted((ROOT / "bench").glob("*.py"))
 # Published numbers: tensors and elements.
 COUNTS = {
     "one_scalar": (1, 1),
@@ -47,9 +49,12 @@ def bench_on_path() -> Iterator[None]:
     # Two threads would wait for each other where the machine has other work.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        # bench_step.py adds the folder of the demo, which goes with the rest.
+        # step.py adds the folder of the demo, which goes with the rest.
         patch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
         yield
+        # Names as short as `clip` and `report` must not stay behind for other imports to find.
+        for path in SCRIPTS_AND_MODULES:
+            sys.modules.pop(path.stem, None)
     torch.set_num_threads(threads)
 
 
@@ -61,13 +66,31 @@ def module(name: str) -> ModuleType:
 def report_path(bench_on_path: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "new" / "quick.json"
     arguments = ["--suite", "ci", "--seconds", "0", "--threads", "1", "--output", str(path)]
-    assert module("bench_clip").main([*arguments, "--workloads", *QUICK_WORKLOADS]) == 0
+    assert module("clip").main([*arguments, "--workloads", *QUICK_WORKLOADS]) == 0
     return path
 
 
 @pytest.fixture(scope="module")
 def report(report_path: Path) -> dict[str, Any]:
     return json.loads(report_path.read_text())
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_no_script_imports_a_script() -> None:
+    sources = {path.stem: path.read_text() for path in SCRIPTS_AND_MODULES}
+    scripts = {name for name, text in sources.items() if '\nif __name__ == "__main__":\n' in text}
+    assert scripts == {"clip", "clipper", "step", "plot", "make_shapes"}
+    imports = {name: imported_names(ast.parse(text)) & scripts for name, text in sources.items()}
+    assert not any(imports.values()), imports
 
 
 def test_shape_files_are_what_the_formulas_make() -> None:
@@ -137,28 +160,28 @@ def test_errors_are_within_the_tolerance(report: dict[str, Any]) -> None:
 
 
 def test_a_wrong_result_of_ours_stops_the_run(tmp_path: Path) -> None:
-    bench_clip = module("bench_clip")
-    wrong = bench_clip.Implementation("gradclip_ext", lambda parameters, _: torch.ones(()), None)
+    clip = module("clip")
+    wrong = clip.Implementation("gradclip_ext", lambda parameters, _: torch.ones(()), None)
     workload = module("workloads").WORKLOADS["small"]
     gradients = module("workloads").Gradients(workload, "float32", torch.device("cpu"))
     with pytest.raises(SystemExit, match="gradclip_ext is wrong"):
-        bench_clip.checked(wrong, "clip", "float32", gradients)
-    textbook = bench_clip.Implementation("other", wrong.clip_norm, None)
-    assert not bench_clip.checked(textbook, "clip", "float32", gradients)["believable"]
-    assert bench_clip.checked(textbook, "value", "float32", gradients) is None
+        clip.checked(wrong, "clip", "float32", gradients)
+    textbook = clip.Implementation("other", wrong.clip_norm, None)
+    assert not clip.checked(textbook, "clip", "float32", gradients)["believable"]
+    assert clip.checked(textbook, "value", "float32", gradients) is None
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_check_leaves_the_originals_alone(dtype: str) -> None:
-    bench_clip, workloads = module("bench_clip"), module("workloads")
+    clip, workloads = module("clip"), module("workloads")
     device = torch.device("cpu")
     gradients = workloads.Gradients(workloads.WORKLOADS["small"], dtype, device)
     before = [original.clone() for original in gradients.originals]
-    ours = bench_clip.implementations(device, with_compile=False)[1]
-    for kind in bench_clip.KINDS:
-        verdict = bench_clip.checked(ours, kind, dtype, gradients)
+    ours = clip.implementations(device, with_compile=False)[1]
+    for kind in clip.KINDS:
+        verdict = clip.checked(ours, kind, dtype, gradients)
         assert verdict["believable"]
-        assert bench_clip.largest(verdict["relative_error"]) <= bench_clip.TOLERANCE[dtype]
+        assert clip.largest(verdict["relative_error"]) <= clip.TOLERANCE[dtype]
     assert all(map(torch.equal, gradients.originals, before))
 
 
@@ -172,7 +195,7 @@ def test_plots_are_pictures(report_path: Path) -> None:
 def test_step_benchmark_reports_shares(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     arguments = ["--models", "transformer", "--steps", "2", "--threads", "1"]
-    assert module("bench_step").main([*arguments, "--output", str(path)]) == 0
+    assert module("step").main([*arguments, "--output", str(path)]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["model"] == "transformer"
     medians = {}

@@ -21,35 +21,36 @@ OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
 
 
 @pytest.fixture(scope="module")
-def bench_clipper() -> Iterator[ModuleType]:
+def clipper() -> Iterator[ModuleType]:
     threads = torch.get_num_threads()
     # Two threads would wait for each other where the machine has other work.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-        yield importlib.import_module("bench_clipper")
+        yield importlib.import_module("clipper")
+        # Names as short as `report` must not stay behind for other imports to find.
+        for path in (ROOT / "bench").glob("*.py"):
+            sys.modules.pop(path.stem, None)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def report(bench_clipper: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(clipper: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "new" / "clipper.json"
     arguments = ["--workloads", "small", "--seconds", "0", "--threads", "1"]
-    assert bench_clipper.main([*arguments, "--output", str(path)]) == 0
+    assert clipper.main([*arguments, "--output", str(path)]) == 0
     return json.loads(path.read_text())
 
 
 @pytest.fixture
-def model(bench_clipper: ModuleType) -> Any:
+def model(clipper: ModuleType) -> Any:
     workload = importlib.import_module("workloads").WORKLOADS["many_small_10"]
-    return bench_clipper.Model(workload, torch.device("cpu"))
+    return clipper.Model(workload, torch.device("cpu"))
 
 
-def test_report_has_a_row_for_every_case(bench_clipper: ModuleType, report: dict[str, Any]) -> None:
+def test_report_has_a_row_for_every_case(clipper: ModuleType, report: dict[str, Any]) -> None:
     rows = [(row["case"], row["kind"]) for row in report["rows"]]
-    assert rows == [
-        (name, kind) for name, case in bench_clipper.CASES.items() for kind in case.kinds
-    ]
+    assert rows == [(name, kind) for name, case in clipper.CASES.items() for kind in case.kinds]
     assert report["device"] == "cpu"
     assert report["torch"] == torch.__version__
 
@@ -74,56 +75,56 @@ def test_every_way_gives_the_same(report: dict[str, Any]) -> None:
 
 
 def test_quiet_steps_change_nothing_and_clipping_ones_everything(
-    bench_clipper: ModuleType, model: Any
+    clipper: ModuleType, model: Any
 ) -> None:
-    for name, case in bench_clipper.CASES.items():
+    for name, case in clipper.CASES.items():
         if name == "weight_decay":
             continue
         for kind in case.kinds:
             for way in case.ways.values():
-                bench_clipper.done(way(model, kind))
+                clipper.done(way(model, kind))
                 pairs = zip(model.gradients, model.originals, strict=True)
                 same = [torch.equal(gradient, original) for gradient, original in pairs]
                 assert all(same) if kind == "quiet" else not any(same), (name, kind)
 
 
-def test_every_call_makes_the_same_step(bench_clipper: ModuleType, model: Any) -> None:
+def test_every_call_makes_the_same_step(clipper: ModuleType, model: Any) -> None:
     for name in ("autoclip", "zclip", "adagc"):
-        for way in bench_clipper.CASES[name].ways.values():
+        for way in clipper.CASES[name].ways.values():
             prepared = way(model, "clip")
             results = []
             for _ in range(3):
-                found = bench_clipper.done(prepared)
+                found = clipper.done(prepared)
                 results.append((found, [gradient.clone() for gradient in model.gradients]))
             for found, gradients in results[1:]:
                 assert found == results[0][0]
                 assert all(map(torch.equal, gradients, results[0][1]))
 
 
-def test_a_wrong_result_of_ours_stops_the_run(bench_clipper: ModuleType, model: Any) -> None:
+def test_a_wrong_result_of_ours_stops_the_run(clipper: ModuleType, model: Any) -> None:
     def clips_too_much(model: Any, kind: str) -> Any:
-        call = bench_clipper.ours_clip(model, kind).call
+        call = clipper.ours_clip(model, kind).call
 
         def wrong() -> None:
             call()
             model.gradients[0].mul_(0.999)
 
-        return bench_clipper.Prepared(model.restore, wrong)
+        return clipper.Prepared(model.restore, wrong)
 
     def says_too_little(model: Any, kind: str) -> Any:
-        prepared = bench_clipper.ours_clip(model, kind)
-        return bench_clipper.Prepared(
+        prepared = clipper.ours_clip(model, kind)
+        return clipper.Prepared(
             prepared.restore,
             prepared.call,
             lambda result: [0.999 * norm for norm in prepared.read(result)],
         )
 
-    right = bench_clipper.CASES["clip"].ways
+    right = clipper.CASES["clip"].ways
     for wrong in (clips_too_much, says_too_little):
-        case = bench_clipper.Case({**right, OURS: wrong})
+        case = clipper.Case({**right, OURS: wrong})
         with pytest.raises(SystemExit, match="gradclip_ext is wrong"):
-            bench_clipper.checked(case, "clip", model)
+            clipper.checked(case, "clip", model)
         # Of another way it is only noted.
-        case = bench_clipper.Case({**right, "torch foreach": wrong})
-        errors = bench_clipper.checked(case, "clip", model)
+        case = clipper.Case({**right, "torch foreach": wrong})
+        errors = clipper.checked(case, "clip", model)
         assert errors["torch foreach"] == pytest.approx(0.001, rel=1e-2)

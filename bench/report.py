@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import platform
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 import gradclip_ext
+from gradclip_ext.__main__ import main as gradclip_ext_report
 
 RESULTS_FOLDER = Path(__file__).resolve().parent / "results"
 
@@ -28,6 +30,18 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_kernels() -> str:
+    """The instruction set in use, as ``python -m gradclip_ext`` reports it."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        gradclip_ext_report()
+    for line in output.getvalue().splitlines():
+        name, _, value = line.strip().partition("  ")
+        if name == "CPU kernels":
+            return value.strip()
+    raise SystemExit("python -m gradclip_ext does not name the CPU kernels")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything outside the code that the times depend on."""
     facts: dict[str, Any] = {
@@ -38,7 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
-        "cpu_kernels": gradclip_ext._C.instruction_set(),
+        "cpu_kernels": cpu_kernels(),
         "gradclip_ext": gradclip_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -61,17 +75,6 @@ def default_path(facts: dict[str, Any], *words: str) -> Path:
         facts["date"][:10],
     ]
     return RESULTS_FOLDER / (re.sub(r"[^a-z0-9.+]+", "-", "-".join(parts).lower()) + ".json")
-
-
-def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile in microseconds."""
-    cuts = statistics.quantiles(seconds, n=5)
-    return {
-        "median_us": statistics.median(seconds) * 1e6,
-        "q20_us": cuts[0] * 1e6,
-        "q80_us": cuts[3] * 1e6,
-        "calls": len(seconds),
-    }
 
 
 def save(report: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Times the share of a training step that clipping takes, with torch's function and with ours.
 
-    python bench/bench_step.py
+    python bench/step.py
 
 Three models are trained on the text of the demo: its character RNN with plain gradient descent, a
 two-layer LSTM and a small transformer, both with Adam. A single model is trained, in whose steps
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import Table, default_path, environment, quantiles, save
+from clocks import quantiles
 from implementations import OURS, REFERENCE
+from report import Table, default_path, environment, save
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm

@@ -1,9 +1,9 @@
 """Times gradient clipping on gradients with the shapes of real models.
 
-    python bench/bench_clip.py                  # every workload in float32, minutes
-    python bench/bench_clip.py --suite ci       # a few small ones, seconds
-    python bench/bench_clip.py --suite full     # every workload in every dtype
-    python bench/bench_clip.py --suite gpu --device cuda
+    python bench/clip.py                  # every workload in float32, minutes
+    python bench/clip.py --suite ci       # a few small ones, seconds
+    python bench/clip.py --suite full     # every workload in every dtype
+    python bench/clip.py --suite gpu --device cuda
     python bench/plot.py bench/results/NAME.json
 
 Within one run everything takes turns: our function, torch's with each value of foreach, the
@@ -30,14 +30,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import Table, default_path, environment, quantiles, save
+from clocks import Call, Clock, clock_for, launches, measured
 from implementations import OURS, REFERENCE, Implementation, implementations
+from report import Table, default_path, environment, save
 from tqdm import tqdm
 from workloads import DTYPES, SIGMA, WORKLOADS, Gradients, Workload
 
@@ -46,7 +46,6 @@ import gradclip_ext
 KINDS = ("quiet", "clip", "value")
 # How often the limit goes over the gradients, reading or writing.
 PASSES = {"quiet": 1, "clip": 3, "value": 2}
-FEWEST_CALLS = 7
 
 # Largest relative error of our norm, which is rounded to the dtype of the result, and of a clipped
 # element relative to the largest. More is a bug, and nothing is timed.
@@ -91,60 +90,6 @@ COLUMNS = {
 
 # Behind them on CUDA: kernels a call of ours and of torch's, device time over that of the limit.
 CUDA_COLUMNS = {"launches": 8, "torch": 6, "on device": 9}
-
-Call = Callable[[], object]
-
-
-class CpuClock:
-    """Times a call on restored gradients."""
-
-    def times(self, restore: Call, call: Call) -> dict[str, float]:
-        restore()
-        start = time.perf_counter()
-        call()
-        return {"time": time.perf_counter() - start}
-
-
-class CudaClock:
-    """Times a call on restored gradients that are not in the L2 cache."""
-
-    # One cycle lasts at least half a nanosecond on any GPU so far.
-    CYCLES_PER_SECOND = 2e9
-
-    def __init__(self, device: torch.device) -> None:
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.other_data = torch.empty(max(4 * cache, 2**28), dtype=torch.uint8, device=device)
-        # Kept, because creating an event takes host time.
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def times(self, restore: Call, call: Call) -> dict[str, float]:
-        self._prepare(restore)
-        self.start.record()
-        before = time.perf_counter()
-        call()
-        host = time.perf_counter() - before
-        self.end.record()
-        self.end.synchronize()
-        elapsed = self.start.elapsed_time(self.end) / 1e3
-
-        self._prepare(restore)
-        # Keeps the GPU busy until the call has queued all its work. What waits for the GPU, as
-        # `norm > theta` does, cannot be hidden and shows.
-        torch.cuda._sleep(int((2 * host + 50e-6) * self.CYCLES_PER_SECOND))
-        self.start.record()
-        call()
-        self.end.record()
-        self.end.synchronize()
-        return {
-            "time": elapsed,
-            "device": self.start.elapsed_time(self.end) / 1e3,
-            "host": host,
-        }
-
-    def _prepare(self, restore: Call) -> None:
-        restore()
-        self.other_data.fill_(1)
-        torch.cuda.synchronize()
 
 
 def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
@@ -192,19 +137,6 @@ def bandwidths(gradients: Gradients, medians: dict[str, float]) -> dict[str, flo
     if all(name in medians for name in READS):
         times["read"] = min(medians[name] for name in READS)
     return {name: gradients.bytes / time / 1e3 for name, time in times.items()}
-
-
-def launches(restore: Call, call: Call) -> int:
-    """How many kernels a call launches on the GPU; copies and fills of memory do not count."""
-    restore()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")
-        for event in profile.events()
-    )
 
 
 def bound_of(kind: str, gradients: Gradients) -> float:
@@ -270,34 +202,13 @@ def checked(
     return {"relative_error": found, "believable": largest(found) <= BELIEVABLE[dtype]}
 
 
-def measured(
-    calls: dict[str, tuple[Call, Call]], clock: CpuClock | CudaClock, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Statistics of calls that take turns, by name."""
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
-    for restore, call in calls.values():
-        clock.times(restore, call)
-    rounds = 0
-    end = time.perf_counter() + seconds
-    while rounds < FEWEST_CALLS or time.perf_counter() < end:
-        for name, (restore, call) in calls.items():
-            for what, value in clock.times(restore, call).items():
-                times[name].setdefault(what, []).append(value)
-        rounds += 1
-    result = {}
-    for name, by_what in times.items():
-        result[name] = quantiles(by_what.pop("time"))
-        result[name].update({what: quantiles(values) for what, values in by_what.items()})
-    return result
-
-
 def row_of(
     workload: Workload,
     dtype: str,
     kind: str,
     gradients: Gradients,
     peers: list[Implementation],
-    clock: CpuClock | CudaClock,
+    clock: Clock,
     seconds: float,
 ) -> dict[str, Any]:
     """Checks and measures everything that can do it."""
@@ -424,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    clock = clock_for(device)
     facts = environment(device)
     path = options.output or default_path(
         facts, "clip", *([] if options.suite == "default" else [options.suite])

@@ -1,8 +1,8 @@
 """Times GradClipper, grad_norms and the adaptive rules beside the same written by hand in torch.
 
-    python bench/bench_clipper.py                            # every workload, minutes
-    python bench/bench_clipper.py --workloads lstm --seconds 0.5
-    python bench/bench_clipper.py --device cuda
+    python bench/clipper.py                            # every workload, minutes
+    python bench/clipper.py --workloads lstm --seconds 0.5
+    python bench/clipper.py --device cuda
 
 Gradients have the shapes of real models and are float32. Within one row everything takes turns.
 Before every call the gradients, and what a rule remembers, are what they were, so that all calls
@@ -37,8 +37,8 @@ from typing import Any
 
 import numpy
 import torch
-from bench_clip import CpuClock, CudaClock, measured
-from bench_report import Table, default_path, environment, save
+from clocks import Clock, clock_for, measured
+from report import Table, default_path, environment, save
 from torch import Tensor
 from tqdm import tqdm
 from workloads import SIGMA, WORKLOADS, Workload
@@ -517,7 +517,7 @@ def row_of(
     name: str,
     kind: str,
     model: Model,
-    clock: CpuClock | CudaClock,
+    clock: Clock,
     seconds: float,
 ) -> dict[str, Any]:
     """Checks and measures all ways of a case."""
@@ -617,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
+    clock = clock_for(device)
     facts = environment(device)
     path = options.output or default_path(facts, "clipper")
     table = Table(COLUMNS)
