@@ -26,22 +26,21 @@ clip_grad_norm_. What is above 1 in ours/bare is what the addition costs.
 from __future__ import annotations
 
 import argparse
-import collections
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
+import by_hand
 import torch
 from clocks import Clock, clock_for, measured
 from report import Table, default_path, environment, save
 from torch import Tensor
 from tqdm import tqdm
-from workloads import SIGMA, WORKLOADS, Workload
+from workloads import WORKLOADS, Model, Workload
 
 import gradclip_ext
 from gradclip_ext import (
@@ -58,13 +57,14 @@ from gradclip_ext import (
 OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
 DEFAULT_WORKLOADS = ("lstm", "1000x1000", "resnet50", "gpt2")
 
-# Standard deviation of the parameters, that of GPT-2's initial ones.
-PARAMETER_SIGMA = 0.02
 WEIGHT_DECAY = 0.1
 PERCENTILE = 10.0
+# The papers' values, which are also our defaults.
+ZCLIP = {"alpha": 0.97, "z_threshold": 2.5}
+ADAGC = {"beta": 0.98, "relative_limit": 1.05}
 # Steps before the one that is timed, with norms this far around their mean.
-HISTORY = 1000
-HISTORY_SPREAD = 0.1
+PAST_STEPS = 1000
+PAST_SPREAD = 0.1
 # Of AGC: none of the units exceeds its limit, or all of them do.
 CLIP_FACTORS = {"quiet": 100.0, "clip": 0.01}
 
@@ -73,45 +73,6 @@ CLIP_FACTORS = {"quiet": 100.0, "clip": 0.01}
 TOLERANCE = 4e-7
 # From here on the result of another way counts as wrong. It is timed, but marked.
 BELIEVABLE = 1e-2
-# What torch adds to a norm before it divides by it. Of our rules none does, as in their papers.
-TORCH_EPSILON = 1e-6
-
-
-class Model:
-    """Parameters with gradients that can be restored."""
-
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(shape: tuple[int, ...], sigma: float) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).mul_(sigma)
-
-        shapes = [shape for shape, _ in workload.tensors]
-        self.parameters = [torch.nn.Parameter(normal(shape, PARAMETER_SIGMA)) for shape in shapes]
-        self.originals = [normal(shape, SIGMA) for shape in shapes]
-        self.gradients = [torch.empty_like(original) for original in self.originals]
-        self._finish()
-
-    def in_float64(self) -> Model:
-        """The same numbers in float64."""
-        copy = Model.__new__(Model)
-        copy.parameters = [torch.nn.Parameter(p.detach().double()) for p in self.parameters]
-        # Rounded already, and so the same; they need not be kept twice.
-        copy.originals = self.originals
-        copy.gradients = [torch.empty_like(p) for p in copy.parameters]
-        copy._finish()
-        return copy
-
-    def _finish(self) -> None:
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        squares = [original.double().square().sum().item() for original in self.originals]
-        self.norms = [math.sqrt(square) for square in squares]
-        self.norm = math.sqrt(math.fsum(squares))
-        self.restore()
-
-    def restore(self) -> None:
-        torch._foreach_copy_(self.gradients, self.originals)
 
 
 @dataclass(frozen=True)
@@ -128,7 +89,7 @@ class Prepared:
 Way = Callable[[Model, str], Prepared]
 
 
-def level(model: Model, kind: str) -> float:
+def max_norm_of(model: Model, kind: str) -> float:
     """What the norm is compared with."""
     return model.norm * {"quiet": 3.0, "clip": 1.0 / 3.0}[kind]
 
@@ -144,11 +105,11 @@ def read_total(result: Tensor) -> list[float]:
 # --- norms ---
 
 
-def ours_norms(model: Model, kind: str) -> Prepared:
-    def call() -> tuple[Tensor, Tensor]:
-        return grad_norms(model.parameters)[:2]
-
-    return Prepared(model.restore, call, read_pair)
+def all_norms(
+    measure: Callable[[list[torch.nn.Parameter]], Any], model: Model, kind: str
+) -> Prepared:
+    # Of ours, the names are left out.
+    return Prepared(model.restore, lambda: measure(model.parameters)[:2], read_pair)
 
 
 def bare_norms(model: Model, kind: str) -> Prepared:
@@ -164,24 +125,6 @@ def bare_norms_of_parameters(model: Model, kind: str) -> Prepared:
     )
 
 
-def norms_by_hand(parameters: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
-    norms = torch.stack([parameter.grad.norm() for parameter in parameters])
-    return norms.norm(), norms
-
-
-def hand_norms(model: Model, kind: str) -> Prepared:
-    return Prepared(model.restore, lambda: norms_by_hand(model.parameters), read_pair)
-
-
-def norms_by_foreach(parameters: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
-    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
-    return norms.norm(), norms
-
-
-def foreach_norms(model: Model, kind: str) -> Prepared:
-    return Prepared(model.restore, lambda: norms_by_foreach(model.parameters), read_pair)
-
-
 # --- clip ---
 
 
@@ -194,56 +137,26 @@ def read_report(clipper: GradClipper) -> Callable[[Any], list[float]]:
 
 
 def ours_clip(model: Model, kind: str) -> Prepared:
-    clipper = GradClipper(model.parameters, level(model, kind))
+    clipper = GradClipper(model.parameters, max_norm_of(model, kind))
     return Prepared(model.restore, clipper.clip_, read_report(clipper))
 
 
+def hand_clip(model: Model, kind: str, foreach: bool = False) -> Prepared:
+    clipper = by_hand.Clipper(model.parameters, max_norm_of(model, kind), foreach)
+    return Prepared(model.restore, clipper.clip_, read_pair)
+
+
+def foreach_clip(model: Model, kind: str) -> Prepared:
+    return hand_clip(model, kind, foreach=True)
+
+
 def bare_clip(model: Model, kind: str) -> Prepared:
-    max_norm = level(model, kind)
+    max_norm = max_norm_of(model, kind)
     return Prepared(
         model.restore,
         lambda: gradclip_ext.clip_grad_norm_(model.parameters, max_norm),
         read_total,
     )
-
-
-class History:
-    """What GradClipper remembers, by hand and without waiting for a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.totals: collections.deque[Tensor] = collections.deque(maxlen=HISTORY)
-        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, total: Tensor, max_norm: float) -> None:
-        self.totals.append(total)
-        self.clipped += total > max_norm
-
-
-def hand_clip(model: Model, kind: str) -> Prepared:
-    max_norm = level(model, kind)
-    history = History(model.originals[0].device)
-
-    def call() -> tuple[Tensor, Tensor]:
-        norms = torch.stack([parameter.grad.norm() for parameter in model.parameters])
-        total = torch.nn.utils.clip_grad_norm_(model.parameters, max_norm)
-        history.add(total, max_norm)
-        return total, norms
-
-    return Prepared(model.restore, call, read_pair)
-
-
-def foreach_clip(model: Model, kind: str) -> Prepared:
-    """Measures once, with torch's fastest operations."""
-    max_norm = level(model, kind)
-    history = History(model.originals[0].device)
-
-    def call() -> tuple[Tensor, Tensor]:
-        total, norms = norms_by_foreach(model.parameters)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters, max_norm, total)
-        history.add(total, max_norm)
-        return total, norms
-
-    return Prepared(model.restore, call, read_pair)
 
 
 # --- rules ---
@@ -252,7 +165,7 @@ def foreach_clip(model: Model, kind: str) -> Prepared:
 def past_factors() -> list[float]:
     """By what the norms of the steps before are above or below their mean."""
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(HISTORY, generator=generator, dtype=torch.float64) * HISTORY_SPREAD
+    noise = torch.randn(PAST_STEPS, generator=generator, dtype=torch.float64) * PAST_SPREAD
     return noise.exp().tolist()
 
 
@@ -260,15 +173,15 @@ def with_past(rule: Threshold, model: Model, kind: str) -> Threshold:
     """The rule, after the steps before the one that is timed."""
     device = model.originals[0].device
     norms = torch.tensor(model.norms, dtype=torch.float64, device=device)
-    norms *= level(model, kind) / model.norm
+    norms *= max_norm_of(model, kind) / model.norm
     for factor in past_factors():
         past = norms * factor
         rule.limits(torch.linalg.vector_norm(past), past)
     return rule
 
 
-def ours_rule(make: Callable[[], Threshold], model: Model, kind: str) -> Prepared:
-    rule = with_past(make(), model, kind)
+def ours_rule(make: Callable[[Model], Threshold], model: Model, kind: str) -> Prepared:
+    rule = with_past(make(model), model, kind)
     state = rule.state_dict()
     clipper = GradClipper(model.parameters, rule)
 
@@ -279,156 +192,84 @@ def ours_rule(make: Callable[[], Threshold], model: Model, kind: str) -> Prepare
     return Prepared(restore, clipper.clip_, read_report(clipper))
 
 
-def total_by_hand(parameters: list[torch.nn.Parameter]) -> float:
-    """As in many a repository: one number after the other comes to the host."""
-    return math.sqrt(sum(parameter.grad.norm().item() ** 2 for parameter in parameters))
+def make_autoclip(model: Model) -> AutoClip:
+    return AutoClip(PERCENTILE)
 
 
-def hand_autoclip(model: Model, kind: str) -> Prepared:
-    past = [level(model, kind) * factor for factor in past_factors()]
-    history: list[float] = []
-
-    def restore() -> None:
-        model.restore()
-        history[:] = past
-
-    def call() -> float:
-        total = total_by_hand(model.parameters)
-        history.append(total)
-        limit = float(numpy.percentile(history, PERCENTILE))
-        torch.nn.utils.clip_grad_norm_(model.parameters, limit)
-        return total
-
-    return Prepared(restore, call, lambda total: [total])
-
-
-def hand_zclip(model: Model, kind: str) -> Prepared:
-    rule = ZClip()
-    state = with_past(rule, model, kind).state_dict()
-    past_mean, past_variance = state["mean"].item(), state["variance"].item()
-    mean = variance = 0.0
-
-    def restore() -> None:
-        nonlocal mean, variance
-        model.restore()
-        mean, variance = past_mean, past_variance
-
-    def call() -> float:
-        nonlocal mean, variance
-        total = clipped = total_by_hand(model.parameters)
-        deviation = math.sqrt(variance)
-        score = (total - mean) / (deviation + 1e-6)
-        if score > rule.z_threshold:
-            clipped = mean + rule.z_threshold**2 / score * deviation
-            coefficient = clipped / (total + TORCH_EPSILON)
-            for parameter in model.parameters:
-                parameter.grad.mul_(coefficient)
-        mean = rule.alpha * mean + (1 - rule.alpha) * clipped
-        variance = rule.alpha * variance + (1 - rule.alpha) * (clipped - mean) ** 2
-        return total
-
-    return Prepared(restore, call, lambda total: [total])
-
-
-def hand_adagc(model: Model, kind: str) -> Prepared:
-    rule = make_adagc(model)
-    past_gammas = with_past(rule, model, kind).state_dict()["gamma"].tolist()
-    gammas: list[float] = []
-
-    def restore() -> None:
-        model.restore()
-        gammas[:] = past_gammas
-
-    def call() -> list[float]:
-        norms = []
-        for index, parameter in enumerate(model.parameters):
-            norm = parameter.grad.norm().item()
-            limit = rule.relative_limit * gammas[index]
-            if norm > limit:
-                parameter.grad.mul_(limit / norm)
-            gammas[index] = rule.beta * gammas[index] + (1 - rule.beta) * min(norm, limit)
-            norms.append(norm)
-        return norms
-
-    return Prepared(restore, call, lambda norms: [math.hypot(*norms), *norms])
+def make_zclip(model: Model) -> ZClip:
+    return ZClip(**ZCLIP)
 
 
 def make_adagc(model: Model) -> AdaGC:
     # Nothing is clipped in the warm-up, after which each gradient has the norm of its past.
-    return AdaGC(absolute_limit=10 * model.norm)
+    return AdaGC(**ADAGC, absolute_limit=10 * model.norm)
 
 
-def ours_autoclip(model: Model, kind: str) -> Prepared:
-    return ours_rule(functools.partial(AutoClip, PERCENTILE), model, kind)
+def hand_autoclip(model: Model, kind: str) -> Prepared:
+    past = [max_norm_of(model, kind) * factor for factor in past_factors()]
+    clipper = by_hand.AutoClip(model.parameters, PERCENTILE)
+
+    def restore() -> None:
+        model.restore()
+        clipper.history[:] = past
+
+    return Prepared(restore, clipper.clip_, lambda total: [total])
 
 
-def ours_zclip(model: Model, kind: str) -> Prepared:
-    return ours_rule(ZClip, model, kind)
+def hand_zclip(model: Model, kind: str) -> Prepared:
+    state = with_past(make_zclip(model), model, kind).state_dict()
+    mean, variance = state["mean"].item(), state["variance"].item()
+    clipper = by_hand.ZClip(model.parameters, **ZCLIP)
+
+    def restore() -> None:
+        model.restore()
+        clipper.mean, clipper.variance = mean, variance
+
+    return Prepared(restore, clipper.clip_, lambda total: [total])
 
 
-def ours_adagc(model: Model, kind: str) -> Prepared:
-    return ours_rule(functools.partial(make_adagc, model), model, kind)
+def hand_adagc(model: Model, kind: str) -> Prepared:
+    gammas = with_past(make_adagc(model), model, kind).state_dict()["gamma"].tolist()
+    clipper = by_hand.AdaGC(model.parameters, **ADAGC)
+
+    def restore() -> None:
+        model.restore()
+        clipper.gammas[:] = gammas
+
+    return Prepared(restore, clipper.clip_, lambda norms: [math.hypot(*norms), *norms])
 
 
 # --- agc ---
 
 
-def ours_agc(model: Model, kind: str) -> Prepared:
-    return Prepared(
-        model.restore, lambda: adaptive_clip_grad_(model.parameters, CLIP_FACTORS[kind])
-    )
-
-
-def unit_norms(tensor: Tensor) -> Tensor:
-    """Of each row, filter and so on; a tensor of one dimension or none is a single unit."""
-    if tensor.dim() < 2:
-        return tensor.norm()
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
-
-
-def hand_agc(model: Model, kind: str) -> Prepared:
-    factor = CLIP_FACTORS[kind]
-
-    @torch.no_grad()
-    def call() -> None:
-        for parameter in model.parameters:
-            gradient = parameter.grad
-            limits = unit_norms(parameter).clamp(min=1e-3) * factor
-            norms = unit_norms(gradient)
-            clipped = gradient * (limits / norms.clamp(min=1e-6))
-            gradient.copy_(torch.where(norms > limits, clipped, gradient))
-
-    return Prepared(model.restore, call)
+def agc(
+    clip_: Callable[[list[torch.nn.Parameter], float], None], model: Model, kind: str
+) -> Prepared:
+    clip_factor = CLIP_FACTORS[kind]
+    return Prepared(model.restore, lambda: clip_(model.parameters, clip_factor))
 
 
 # --- weight_decay ---
 
 
-def ours_weight_decay(model: Model, kind: str) -> Prepared:
-    max_norm = level(model, kind)
+def weight_decay(
+    add_: Callable[[list[torch.nn.Parameter], float], None],
+    clip_: Callable[[list[torch.nn.Parameter], float], Tensor],
+    model: Model,
+    kind: str,
+) -> Prepared:
+    max_norm = max_norm_of(model, kind)
 
     def call() -> Tensor:
-        add_weight_decay_(model.parameters, WEIGHT_DECAY)
-        return gradclip_ext.clip_grad_norm_(model.parameters, max_norm)
+        add_(model.parameters, WEIGHT_DECAY)
+        return clip_(model.parameters, max_norm)
 
     return Prepared(model.restore, call, read_total)
 
 
 def clipper_weight_decay(model: Model, kind: str) -> Prepared:
-    clipper = GradClipper(model.parameters, level(model, kind), weight_decay=WEIGHT_DECAY)
+    clipper = GradClipper(model.parameters, max_norm_of(model, kind), weight_decay=WEIGHT_DECAY)
     return Prepared(model.restore, clipper.clip_, read_total)
-
-
-def hand_weight_decay(model: Model, kind: str) -> Prepared:
-    max_norm = level(model, kind)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            for parameter in model.parameters:
-                parameter.grad.add_(parameter, alpha=WEIGHT_DECAY)
-        return torch.nn.utils.clip_grad_norm_(model.parameters, max_norm)
-
-    return Prepared(model.restore, call, read_total)
 
 
 @dataclass(frozen=True)
@@ -442,25 +283,33 @@ class Case:
 CASES = {
     "norms": Case(
         {
-            OURS: ours_norms,
-            HAND: hand_norms,
+            OURS: partial(all_norms, grad_norms),
+            HAND: partial(all_norms, by_hand.norms_one_by_one),
             BARE: bare_norms,
             "gradclip_ext, bare, of parameters": bare_norms_of_parameters,
-            "torch foreach": foreach_norms,
+            "torch foreach": partial(all_norms, by_hand.norms_by_foreach),
         },
         ("quiet",),
     ),
     "clip": Case(
         {OURS: ours_clip, HAND: hand_clip, BARE: bare_clip, "torch foreach": foreach_clip}
     ),
-    "autoclip": Case({OURS: ours_autoclip, HAND: hand_autoclip, BARE: bare_clip}),
-    "zclip": Case({OURS: ours_zclip, HAND: hand_zclip, BARE: bare_clip}),
-    "adagc": Case({OURS: ours_adagc, HAND: hand_adagc, BARE: bare_clip}),
-    "agc": Case({OURS: ours_agc, HAND: hand_agc, BARE: bare_clip}),
+    "autoclip": Case(
+        {OURS: partial(ours_rule, make_autoclip), HAND: hand_autoclip, BARE: bare_clip}
+    ),
+    "zclip": Case({OURS: partial(ours_rule, make_zclip), HAND: hand_zclip, BARE: bare_clip}),
+    "adagc": Case({OURS: partial(ours_rule, make_adagc), HAND: hand_adagc, BARE: bare_clip}),
+    "agc": Case(
+        {
+            OURS: partial(agc, adaptive_clip_grad_),
+            HAND: partial(agc, by_hand.adaptive_clip_grad_),
+            BARE: bare_clip,
+        }
+    ),
     "weight_decay": Case(
         {
-            OURS: ours_weight_decay,
-            HAND: hand_weight_decay,
+            OURS: partial(weight_decay, add_weight_decay_, gradclip_ext.clip_grad_norm_),
+            HAND: partial(weight_decay, by_hand.add_weight_decay_, torch.nn.utils.clip_grad_norm_),
             BARE: bare_clip,
             "GradClipper": clipper_weight_decay,
         }
@@ -507,7 +356,7 @@ def checked(case: Case, kind: str, model: Model) -> dict[str, float]:
             continue
         found = done(way(model, kind))
         errors[name] = relative_error(found, model, expected, truth.gradients)
-    if not errors[OURS] <= TOLERANCE + TORCH_EPSILON / model.norm:
+    if not errors[OURS] <= TOLERANCE + by_hand.TORCH_EPSILON / model.norm:
         raise SystemExit(f"gradclip_ext is wrong, relative error {errors[OURS]:.2g}")
     return errors
 

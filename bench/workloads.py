@@ -19,6 +19,8 @@ DTYPES = {
 }
 # Standard deviation of the gradients. Their squares fit into float16, although barely.
 SIGMA = 0.01
+# That of the parameters where their values matter, as of GPT-2's initial ones.
+PARAMETER_SIGMA = 0.02
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,40 @@ class Gradients:
 
     def restore_flat(self) -> None:
         self.flat.fill_(SIGMA)
+
+
+class Model:
+    """Parameters of some size in float32, and gradients that can be restored."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: tuple[int, ...], sigma: float) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(sigma)
+
+        shapes = [shape for shape, _ in workload.tensors]
+        self.parameters = [torch.nn.Parameter(normal(shape, PARAMETER_SIGMA)) for shape in shapes]
+        self.originals = [normal(shape, SIGMA) for shape in shapes]
+        self.gradients = [torch.empty_like(original) for original in self.originals]
+        self._finish()
+
+    def in_float64(self) -> Model:
+        """The same numbers in float64."""
+        copy = Model.__new__(Model)
+        copy.parameters = [torch.nn.Parameter(p.detach().double()) for p in self.parameters]
+        # Rounded already, and so the same; they need not be kept twice.
+        copy.originals = self.originals
+        copy.gradients = [torch.empty_like(p) for p in copy.parameters]
+        copy._finish()
+        return copy
+
+    def _finish(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        squares = [original.double().square().sum().item() for original in self.originals]
+        self.norms = [math.sqrt(square) for square in squares]
+        self.norm = math.sqrt(math.fsum(squares))
+        self.restore()
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.gradients, self.originals)
