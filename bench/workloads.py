@@ -1,15 +1,16 @@
-"""Lists of gradients with the parameter shapes of real models, read from shapes/*.json."""
+"""Lists of gradients with the parameter shapes of real models.
+
+The shapes are written as the models are built, in the order of `model.parameters()`, so that
+nothing has to be installed to know them. A test holds the published counts.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-SHAPES_FOLDER = Path(__file__).resolve().parent / "shapes"
 
 DTYPES = {
     "float32": torch.float32,
@@ -19,43 +20,213 @@ DTYPES = {
 }
 # Standard deviation of the gradients. Their squares fit into float16, although barely.
 SIGMA = 0.01
-# That of the parameters where their values matter, as of GPT-2's initial ones.
+# Standard deviation of the parameters where their values matter, as of GPT-2's initial ones.
 PARAMETER_SIGMA = 0.02
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The content of one file in shapes/."""
+    """A list of gradients to clip."""
 
     name: str
     about: str
-    dtype: str | None
-    devices: tuple[str, ...]
-    # Shape and, where the file says which, dtype.
-    tensors: tuple[tuple[tuple[int, ...], str | None], ...]
+    shapes: Sequence[Shape]
+    # The only dtype in which the workload makes sense, or "mixed"; None: the run chooses.
+    dtype: str | None = None
+    # Where a run includes the workload by default.
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    # Of each tensor, where the dtype is "mixed".
+    dtypes: Sequence[str] = ()
 
     @property
     def elements(self) -> int:
         """The number of parameters of the model."""
-        return sum(math.prod(shape) for shape, _ in self.tensors)
+        return sum(map(math.prod, self.shapes))
 
 
-def read(path: Path) -> Workload:
-    content = json.loads(path.read_text())
-    tensors = tuple(
-        (tuple(entry["shape"]), entry.get("dtype"))
-        for entry in content["tensors"]
-        for _ in range(entry["count"])
-    )
-    return Workload(
-        path.stem, content["about"], content["dtype"], tuple(content["devices"]), tensors
-    )
+def lstm() -> list[Shape]:
+    return [(1024, 28), (1024, 256), (1024,), (1024,), (10, 256), (10,)]
+
+
+def mlp() -> list[Shape]:
+    return [(512, 784), (512,), (512, 512), (512,), (10, 512), (10,)]
+
+
+def resnet50() -> list[Shape]:
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            outputs = 4 * width
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (outputs, width, 1, 1)]
+            if block == 0:
+                convolutions.append((outputs, inputs, 1, 1))
+            for convolution in convolutions:
+                shapes += normalized(convolution)
+            inputs = outputs
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+# Input channels, kernel size, expanded channels, output channels, squeeze and excitation.
+MOBILENET_V3_LARGE = (
+    (16, 3, 16, 16, False),
+    (16, 3, 64, 24, False),
+    (24, 3, 72, 24, False),
+    (24, 5, 72, 40, True),
+    (40, 5, 120, 40, True),
+    (40, 5, 120, 40, True),
+    (40, 3, 240, 80, False),
+    (80, 3, 200, 80, False),
+    (80, 3, 184, 80, False),
+    (80, 3, 184, 80, False),
+    (80, 3, 480, 112, True),
+    (112, 3, 672, 112, True),
+    (112, 5, 672, 160, True),
+    (160, 5, 960, 160, True),
+    (160, 5, 960, 160, True),
+)
+
+
+def mobilenet_v3() -> list[Shape]:
+    shapes = normalized((16, 3, 3, 3))
+    for inputs, kernel, expanded, outputs, squeezes in MOBILENET_V3_LARGE:
+        if expanded != inputs:
+            shapes += normalized((expanded, inputs, 1, 1))
+        shapes += normalized((expanded, 1, kernel, kernel))
+        if squeezes:
+            squeezed = multiple_of_8(expanded // 4)
+            shapes += [(squeezed, expanded, 1, 1), (squeezed,)]
+            shapes += [(expanded, squeezed, 1, 1), (expanded,)]
+        shapes += normalized((outputs, expanded, 1, 1))
+    return [*shapes, *normalized((960, 160, 1, 1)), (1280, 960), (1280,), (1000, 1280), (1000,)]
+
+
+def normalized(convolution: Shape) -> list[Shape]:
+    """A convolution without bias and the batch normalization behind it."""
+    return [convolution, (convolution[0],), (convolution[0],)]
+
+
+def multiple_of_8(channels: int) -> int:
+    """The rounding of the MobileNets: to the nearest multiple, but never down by over 10 %."""
+    rounded = max(8, (channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def vit_b() -> list[Shape]:
+    width = 768
+    block: list[Shape] = [
+        *[(width,), (width,)],
+        *[(3 * width, width), (3 * width,), (width, width), (width,)],
+        *[(width,), (width,)],
+        *[(4 * width, width), (4 * width,), (width, 4 * width), (width,)],
+    ]
+    embedding: list[Shape] = [(1, 1, width), (width, 3, 16, 16), (width,), (1, 197, width)]
+    return [*embedding, *block * 12, (width,), (width,), (1000, width), (1000,)]
+
+
+def gpt2() -> list[Shape]:
+    width = 768
+    block: list[Shape] = [
+        *[(width,), (width,)],
+        *[(width, 3 * width), (3 * width,), (width, width), (width,)],
+        *[(width,), (width,)],
+        *[(width, 4 * width), (4 * width,), (4 * width, width), (width,)],
+    ]
+    return [(50257, width), (1024, width), *block * 12, (width,), (width,)]
+
+
+def llama3_8b() -> list[Shape]:
+    width, keys, hidden, vocabulary = 4096, 1024, 14336, 128256
+    block: list[Shape] = [
+        *[(width, width), (keys, width), (keys, width), (width, width)],
+        *[(hidden, width), (hidden, width), (width, hidden)],
+        *[(width,), (width,)],
+    ]
+    return [(vocabulary, width), *block * 32, (width,), (vocabulary, width)]
+
+
+# 4.5 million elements, with sizes that no vector length divides among them.
+MIXED_CYCLE: list[Shape] = [
+    *[(1024, 1024), (1000, 1000), (768, 1024), (512, 1024), (700, 700)],
+    *[(512, 512), (300, 700), (256, 512), (64, 371), (371, 64)],
+]
+
+
+# They alternate within a cycle, and from cycle to cycle at the same place.
+MIXED_DTYPES = [
+    ("bfloat16", "float32")[(place + cycle) % 2]
+    for cycle in range(50)
+    for place in range(len(MIXED_CYCLE))
+]
+
+
+def mixed(divisor: int) -> list[Shape]:
+    """500 matrices, whose sides are divided."""
+    return [(rows // divisor, columns // divisor) for rows, columns in MIXED_CYCLE] * 50
 
 
 # From the fewest to the most elements.
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in sorted(map(read, SHAPES_FOLDER.glob("*.json")), key=lambda w: w.elements)
+    for workload in [
+        Workload("one_scalar", "One tensor of no dimension: what a call costs at least", [()]),
+        Workload("many_small_10", "10 tensors of 8 elements", [(8,)] * 10),
+        Workload("many_small_100", "100 tensors of 8 elements", [(8,)] * 100),
+        Workload("many_small", "1000 tensors of 8 elements", [(8,)] * 1000),
+        Workload("small", "10 linear layers, 64 to 64", [(64, 64), (64,)] * 10),
+        Workload("lstm", "One LSTM layer, 28 inputs, hidden 256, and 10 classes", lstm()),
+        Workload("mlp", "Linear layers 784, 512, 512, 10", mlp()),
+        Workload("1000x1000", "1000 tensors of 1000 elements", [(1000,)] * 1000),
+        Workload(
+            "mobilenet_v3",
+            "Howard et al., Searching for MobileNetV3 (2019), large",
+            mobilenet_v3(),
+        ),
+        Workload(
+            "mixed_500_small",
+            "mixed_500 with sides four times shorter",
+            mixed(4),
+            "mixed",
+            ("cpu",),
+            MIXED_DTYPES,
+        ),
+        Workload(
+            "resnet50",
+            "He et al., Deep Residual Learning for Image Recognition (2015), ResNet-50",
+            resnet50(),
+        ),
+        Workload("one_huge", "One matrix of 64 Mi elements", [(8192, 8192)]),
+        Workload("vit_b", "Dosovitskiy et al., An Image is Worth 16x16 Words (2020)", vit_b()),
+        Workload(
+            "gpt2",
+            "Radford et al., Language Models are Unsupervised Multitask Learners (2019), 124M",
+            gpt2(),
+        ),
+        Workload(
+            "mixed_500",
+            "500 matrices, bfloat16 and float32",
+            mixed(1),
+            "mixed",
+            ("cuda",),
+            MIXED_DTYPES,
+        ),
+        Workload(
+            "one_1536m",
+            "One tensor of 1.536 G elements, as measured in NeMo Automodel's pull request 3685",
+            [(1_536_000_000,)],
+            "bfloat16",
+            ("cuda",),
+        ),
+        Workload(
+            "llama3_8b",
+            "Grattafiori et al., The Llama 3 Herd of Models (2024), 8B",
+            llama3_8b(),
+            "bfloat16",
+            ("cuda",),
+        ),
+    ]
 }
 
 
@@ -64,8 +235,8 @@ class Gradients:
 
     def __init__(self, workload: Workload, dtype: str, device: torch.device) -> None:
         """Takes "mixed" as dtype for a workload that says the dtype of each tensor."""
-        dtypes = [DTYPES[own or dtype] for _, own in workload.tensors]
-        shapes = [shape for shape, _ in workload.tensors]
+        shapes = workload.shapes
+        dtypes = [DTYPES[name] for name in workload.dtypes or [dtype] * len(shapes)]
         sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
         self.bytes = sum(sizes)
         self.elements = workload.elements
@@ -106,7 +277,7 @@ class Model:
         def normal(shape: tuple[int, ...], sigma: float) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device).mul_(sigma)
 
-        shapes = [shape for shape, _ in workload.tensors]
+        shapes = workload.shapes
         self.parameters = [torch.nn.Parameter(normal(shape, PARAMETER_SIGMA)) for shape in shapes]
         self.originals = [normal(shape, SIGMA) for shape in shapes]
         self.gradients = [torch.empty_like(original) for original in self.originals]

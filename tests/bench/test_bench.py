@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +20,25 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS_AND_MODULES = sorted((ROOT / "bench").glob("*.py"))
-# Published numbers: tensors and elements.
+# Published numbers: tensors, elements, and elements of the largest tensor.
 COUNTS = {
-    "one_scalar": (1, 1),
-    "many_small_10": (10, 80),
-    "many_small_100": (100, 800),
-    "many_small": (1000, 8000),
-    "small": (20, 41_600),
-    "lstm": (6, 295_434),
-    "mlp": (6, 669_706),
-    "1000x1000": (1000, 1_000_000),
-    "mobilenet_v3": (174, 5_483_032),
-    "mixed_500_small": (500, 14_061_300),
-    "resnet50": (161, 25_557_032),
-    "one_huge": (1, 67_108_864),
-    "vit_b": (152, 86_567_656),
-    "gpt2": (148, 124_439_808),
-    "mixed_500": (500, 225_000_000),
-    "one_1536m": (1, 1_536_000_000),
-    "llama3_8b": (291, 8_030_261_248),
+    "one_scalar": (1, 1, 1),
+    "many_small_10": (10, 80, 8),
+    "many_small_100": (100, 800, 8),
+    "many_small": (1000, 8000, 8),
+    "small": (20, 41_600, 64 * 64),
+    "lstm": (6, 295_434, 1024 * 256),
+    "mlp": (6, 669_706, 512 * 784),
+    "1000x1000": (1000, 1_000_000, 1000),
+    "mobilenet_v3": (174, 5_483_032, 1280 * 1000),
+    "mixed_500_small": (500, 14_061_300, 256 * 256),
+    "resnet50": (161, 25_557_032, 512 * 512 * 3 * 3),
+    "one_huge": (1, 67_108_864, 8192 * 8192),
+    "vit_b": (152, 86_567_656, 3072 * 768),
+    "gpt2": (148, 124_439_808, 50257 * 768),
+    "mixed_500": (500, 225_000_000, 1024 * 1024),
+    "one_1536m": (1, 1_536_000_000, 1_536_000_000),
+    "llama3_8b": (291, 8_030_261_248, 128256 * 4096),
 }
 QUICK_WORKLOADS = ["one_scalar", "small"]
 EVERYWHERE = {"torch", "gradclip_ext", "torch foreach=False", "textbook loop"}
@@ -88,20 +89,37 @@ def imported_names(tree: ast.AST) -> set[str]:
 def test_no_script_imports_a_script() -> None:
     sources = {path.stem: path.read_text() for path in SCRIPTS_AND_MODULES}
     scripts = {name for name, text in sources.items() if '\nif __name__ == "__main__":\n' in text}
-    assert scripts == {"clip", "clipper", "step", "plot", "make_shapes"}
+    assert scripts == {"clip", "clipper", "step", "plot"}
     imports = {name: imported_names(ast.parse(text)) & scripts for name, text in sources.items()}
     assert not any(imports.values()), imports
 
 
-def test_shape_files_are_what_the_formulas_make() -> None:
-    make_shapes = module("make_shapes")
-    files = {path.stem: path.read_text() for path in make_shapes.SHAPES_FOLDER.glob("*.json")}
-    assert files == {name: make_shapes.text(w) for name, w in make_shapes.workloads().items()}
+def test_workloads_are_those_of_the_results() -> None:
+    workloads = module("workloads")
+    paths = sorted((ROOT / "bench" / "results").glob("cl*.json"))
+    rows = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    assert rows
+    for row in rows:
+        shapes = workloads.WORKLOADS[row["workload"]].shapes
+        dtypes = workloads.WORKLOADS[row["workload"]].dtypes or [row["dtype"]] * len(shapes)
+        sizes = [
+            math.prod(shape) * workloads.DTYPES[dtype].itemsize
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        assert (row["tensors"], row["elements"]) == (len(shapes), sum(map(math.prod, shapes)))
+        assert row.get("bytes", sum(sizes)) == sum(sizes)
 
 
 def test_workloads_have_the_published_counts() -> None:
     workloads = module("workloads").WORKLOADS
-    assert {name: (len(w.tensors), w.elements) for name, w in workloads.items()} == COUNTS
+    counts = {
+        name: (len(w.shapes), w.elements, max(map(math.prod, w.shapes)))
+        for name, w in workloads.items()
+    }
+    assert counts == COUNTS
+    # From the fewest to the most elements.
+    elements = [w.elements for w in workloads.values()]
+    assert elements == sorted(elements)
 
 
 def test_mixed_workload_has_gradients_of_both_dtypes() -> None:
