@@ -6,17 +6,18 @@
     python bench/clip.py --suite gpu --device cuda
     python bench/plot.py bench/results/NAME.json
 
-Within one run everything takes turns: our function, torch's with each value of foreach, the
-textbook loop, what else is installed, and the limits. Gradients are restored before every call, and
-each result is compared with float64 before anything is timed. Quote the ratios: absolute times
-depend on what else the machine does.
+Within a run everything takes turns: our function, torch's with each value of foreach, the textbook
+loop, other libraries that are installed, and the roofline. Gradients are restored before every
+call, and every result is checked against float64 before anything is timed. Quote the ratios:
+absolute times depend on what else the machine does.
 
 Kinds: "quiet" is a norm below max_norm, where nothing has to change; "clip" is one above; "value"
 is clip_grad_value_ at one standard deviation.
 
-The limit is the least that the memory allows, timed on one contiguous buffer with as many bytes:
-quiet one read, the faster of several; clip that and an in-place multiplication; value the
-multiplication alone. GB/s counts each of these passes: 1 for quiet, 3 for clip, 2 for value.
+The roofline is the least time that memory bandwidth allows, measured on one contiguous buffer of
+as many bytes: for quiet one read, the fastest of several; for clip that and an in-place
+multiplication; for value the multiplication alone. GB/s counts each of these passes: 1 for quiet,
+3 for clip, 2 for value.
 
 On CUDA a call starts on an idle GPU whose L2 cache holds none of the gradients. Its time is that
 between two events around it, launching included. "device" is the time with launching hidden behind
@@ -44,7 +45,7 @@ from workloads import DTYPES, SIGMA, WORKLOADS, Gradients, Workload
 import gradclip_ext
 
 KINDS = ("quiet", "clip", "value")
-# How often the limit goes over the gradients, reading or writing.
+# Reads and writes of all gradients that the roofline counts.
 PASSES = {"quiet": 1, "clip": 3, "value": 2}
 
 # Largest relative error of our norm, which is rounded to the dtype of the result, and of a clipped
@@ -82,18 +83,18 @@ COLUMNS = {
     "ours us": 9,
     "20 % .. 80 %": 19,
     "torch/ours": 10,
-    "limit us": 9,
-    "ours/limit": 10,
+    "roofline us": 11,
+    "ours/roofline": 13,
     "GB/s": 7,
     "fastest other": -29,
 }
 
-# Behind them on CUDA: kernels a call of ours and of torch's, device time over that of the limit.
+# On CUDA also: kernel launches per call, ours and torch's, and device time over the roofline's.
 CUDA_COLUMNS = {"launches": 8, "torch": 6, "on device": 9}
 
 
-def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
-    """How to restore for and how to call one of LIMITS."""
+def roofline_call(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
+    """How to restore for and how to call one of ROOFLINES."""
     flat, flat_as_float64 = gradients.flat, gradients.flat_as_float64
     first_half, second_half = flat.chunk(2)
 
@@ -116,15 +117,15 @@ def limit_of(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
 
 
 READS = ("read, gradclip_ext float64", "read, torch.sum float64", "read, torch.sum float32")
-LIMITS = {
+ROOFLINES = {
     "quiet": (*READS, "copy"),
     "clip": (*READS, "multiply after read", "copy"),
     "value": ("multiply", "copy"),
 }
 
 
-def limit(kind: str, medians: dict[str, float]) -> float:
-    """The least time for a kind, from the medians of its LIMITS."""
+def roofline(kind: str, medians: dict[str, float]) -> float:
+    """The least time for a kind, from the medians of its ROOFLINES."""
     if kind == "value":
         return medians["multiply"]
     read = min(medians[name] for name in READS)
@@ -139,7 +140,7 @@ def bandwidths(gradients: Gradients, medians: dict[str, float]) -> dict[str, flo
     return {name: gradients.bytes / time / 1e3 for name, time in times.items()}
 
 
-def bound_of(kind: str, gradients: Gradients) -> float:
+def threshold_of(kind: str, gradients: Gradients) -> float:
     """The second argument of the call: max_norm or clip_value."""
     return {"quiet": gradients.norm * 10, "clip": gradients.norm / 2, "value": SIGMA}[kind]
 
@@ -153,15 +154,15 @@ def errors(gradients: Gradients, kind: str, found: torch.Tensor | None) -> dict[
 
     That of the gradients is relative to the largest element of their tensor.
     """
-    bound = bound_of(kind, gradients)
+    threshold = threshold_of(kind, gradients)
     # On the device, one number is read back for the whole list.
     worst = torch.zeros((), dtype=torch.float64, device=gradients.flat.device)
     for gradient, original in zip(gradients.gradients, gradients.originals, strict=True):
         expected = original.to(torch.float64, copy=True)
         if kind == "value":
-            expected.clamp_(-bound, bound)
+            expected.clamp_(-threshold, threshold)
         else:
-            expected.mul_(min(1.0, bound / (gradients.norm + 1e-6)))
+            expected.mul_(min(1.0, threshold / (gradients.norm + 1e-6)))
         largest = expected.abs().max()
         error = expected.sub_(gradient).abs_().max() / largest
         worst = torch.maximum(worst, error.nan_to_num(nan=torch.inf))
@@ -190,7 +191,7 @@ def checked(
         return None
     gradients.restore()
     try:
-        norm = function(gradients.parameters, bound_of(kind, gradients))
+        norm = function(gradients.parameters, threshold_of(kind, gradients))
     except RuntimeError as error:
         if implementation.name in (OURS, REFERENCE):
             raise
@@ -214,20 +215,20 @@ def row_of(
     """Checks and measures everything that can do it."""
     verdicts: dict[str, dict[str, Any]] = {}
     calls: dict[str, tuple[Call, Call]] = {}
-    bound = bound_of(kind, gradients)
+    threshold = threshold_of(kind, gradients)
     for peer in peers:
         verdict = checked(peer, kind, dtype, gradients)
         if verdict is None:
             continue
         verdicts[peer.name] = verdict
-        call = functools.partial(function_of(peer, kind), gradients.parameters, bound)
+        call = functools.partial(function_of(peer, kind), gradients.parameters, threshold)
         calls[peer.name] = (gradients.restore, call)
-    calls.update({name: limit_of(name, gradients) for name in LIMITS[kind]})
+    calls.update({name: roofline_call(name, gradients) for name in ROOFLINES[kind]})
 
     statistics = measured(calls, clock, seconds)
-    limits = {name: statistics.pop(name) for name in LIMITS[kind]}
-    limit_medians = {name: values["median_us"] for name, values in limits.items()}
-    limit_us = limit(kind, limit_medians)
+    rooflines = {name: statistics.pop(name) for name in ROOFLINES[kind]}
+    roofline_medians = {name: values["median_us"] for name, values in rooflines.items()}
+    roofline_us = roofline(kind, roofline_medians)
     ours = statistics[OURS]["median_us"]
     row = {
         "workload": workload.name,
@@ -239,21 +240,23 @@ def row_of(
         "implementations": {
             name: {**values, **verdicts[name]} for name, values in statistics.items()
         },
-        "limits": limits,
-        "limit_us": limit_us,
+        "rooflines": rooflines,
+        "roofline_us": roofline_us,
         "ratio": statistics[REFERENCE]["median_us"] / ours,
-        "ratio_to_limit": ours / limit_us,
+        "ratio_to_roofline": ours / roofline_us,
         "gigabytes_per_second": PASSES[kind] * gradients.bytes / ours / 1e3,
-        "limit_gigabytes_per_second": bandwidths(gradients, limit_medians),
+        "roofline_gigabytes_per_second": bandwidths(gradients, roofline_medians),
     }
     if "device" in statistics[OURS]:
         device = {name: values["device"]["median_us"] for name, values in statistics.items()}
-        limits_on_device = {name: values["device"]["median_us"] for name, values in limits.items()}
+        rooflines_on_device = {
+            name: values["device"]["median_us"] for name, values in rooflines.items()
+        }
         row["device_ratio"] = device[REFERENCE] / device[OURS]
-        row["device_limit_us"] = limit(kind, limits_on_device)
-        row["device_ratio_to_limit"] = device[OURS] / row["device_limit_us"]
+        row["device_roofline_us"] = roofline(kind, rooflines_on_device)
+        row["device_ratio_to_roofline"] = device[OURS] / row["device_roofline_us"]
         row["device_gigabytes_per_second"] = PASSES[kind] * gradients.bytes / device[OURS] / 1e3
-        row["device_limit_gigabytes_per_second"] = bandwidths(gradients, limits_on_device)
+        row["device_roofline_gigabytes_per_second"] = bandwidths(gradients, rooflines_on_device)
         row["launches"] = {name: launches(*calls[name]) for name in statistics}
         row["host_ratio"] = (
             statistics[REFERENCE]["host"]["median_us"] / statistics[OURS]["host"]["median_us"]
@@ -278,8 +281,8 @@ def line_of(table: Table, row: dict[str, Any]) -> str:
         f"{ours['median_us']:.1f}",
         f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
         f"{row['ratio']:.2f}",
-        f"{row['limit_us']:.1f}",
-        f"{row['ratio_to_limit']:.2f}",
+        f"{row['roofline_us']:.1f}",
+        f"{row['ratio_to_roofline']:.2f}",
         f"{row['gigabytes_per_second']:.1f}",
         other
         and f"{other} {others[other]['median_us']:.1f}"
@@ -290,7 +293,7 @@ def line_of(table: Table, row: dict[str, Any]) -> str:
         cells += [
             str(counts[OURS]),
             str(counts[REFERENCE]),
-            f"{row['device_ratio_to_limit']:.2f}",
+            f"{row['device_ratio_to_roofline']:.2f}",
         ]
     return table.line(cells)
 
@@ -373,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
     for name in ("read", "copy"):
         found = [
-            row.get("device_limit_gigabytes_per_second", row["limit_gigabytes_per_second"])
+            row.get("device_roofline_gigabytes_per_second", row["roofline_gigabytes_per_second"])
             for row in rows
         ]
         largest_found = max((values[name] for values in found if name in values), default=None)

@@ -54,7 +54,7 @@ class CudaClock:
 
         self._prepare(restore)
         # Keeps the GPU busy until the call has queued all its work. What waits for the GPU, as
-        # `norm > theta` does, cannot be hidden and shows.
+        # `norm > max_norm` does, cannot be hidden and shows.
         torch.cuda._sleep(int((2 * host + 50e-6) * self.CYCLES_PER_SECOND))
         self.start.record()
         call()

@@ -29,19 +29,19 @@ class Implementation:
     clip_value: ClipValue | None
 
 
-def textbook_norm(parameters: Parameters, theta: float) -> Tensor:
+def textbook_norm(parameters: Parameters, max_norm: float) -> Tensor:
     """The loop of "Dive into Deep Learning" and of many a repository."""
     norm = torch.sqrt(sum(torch.sum(p.grad**2) for p in parameters))
-    if norm > theta:
+    if norm > max_norm:
         for parameter in parameters:
             # Not `grad[:]`: that refuses tensors without dimension.
-            parameter.grad[...] *= theta / norm
+            parameter.grad[...] *= max_norm / norm
     return norm
 
 
-def textbook_value(parameters: Parameters, bound: float) -> None:
+def textbook_value(parameters: Parameters, clip_value: float) -> None:
     for parameter in parameters:
-        parameter.grad.clamp_(-bound, bound)
+        parameter.grad.clamp_(-clip_value, clip_value)
 
 
 def apex() -> Implementation | None:

@@ -103,8 +103,8 @@ def speedup(report: dict[str, Any]) -> Figure:
                 fontsize=8,
             )
     axes.set_xscale("log")
-    limits = [row["ratio"] for kind in KINDS for row in of_kind(rows, kind)]
-    axes.set_xlim(min(0.8, min(limits) / 1.3), max(limits) * 1.3)
+    all_ratios = [row["ratio"] for kind in KINDS for row in of_kind(rows, kind)]
+    axes.set_xlim(min(0.8, min(all_ratios) / 1.3), max(all_ratios) * 1.3)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -159,14 +159,14 @@ def time_against_bytes(report: dict[str, Any]) -> Figure:
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         rows = sorted(of_kind(report["rows"], kind), key=lambda row: row["bytes"])
         draw_times(axes, rows, "bytes")
-        limit = "one read" if kind == "quiet" else "one read + one in-place multiplication"
+        passes = "one read" if kind == "quiet" else "one read + one in-place multiplication"
         axes.plot(
             [row["bytes"] for row in rows],
-            [row["limit_us"] for row in rows],
+            [row["roofline_us"] for row in rows],
             color=BLACK,
             linewidth=1.2,
             linestyle="--",
-            label=f"limit: {limit}",
+            label=f"roofline: {passes}",
         )
         for row in rows:
             if row["dtype"] in ("float32", "mixed"):

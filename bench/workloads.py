@@ -256,7 +256,7 @@ class Gradients:
         self.gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = math.sqrt(math.fsum(square.item() for square in squares))
 
-        # The same number of bytes in one piece, for the limits. Two float32 of 0.01 are, read as
+        # The same number of bytes in one piece, for the roofline. Two float32 of 0.01 are, read as
         # one float64, 5e-19: neither is an infinity, a NaN or a denormal that would cost time.
         self.flat = torch.full((2 * math.ceil(self.bytes / 8),), SIGMA, device=device)
         self.flat_as_float64 = self.flat.view(torch.float64)
