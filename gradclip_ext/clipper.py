@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +86,10 @@ class _Step:
 
     def clips(self) -> bool | Tensor:
         """Whether a finite gradient was made smaller."""
-        device = self.total.device
-        below_one = [_ops.smallest(c, device) < 1.0 for c in self.coefficients]
-        return functools.reduce(operator.or_, below_one) & self.is_finite
+        clips: bool | Tensor = False
+        for coefficient in self.coefficients:
+            clips = clips | (_ops.smallest(coefficient, self.total.device) < 1.0)
+        return clips & self.is_finite
 
 
 class GradClipper:
@@ -205,9 +204,17 @@ class GradClipper:
         if self._nonfinite == "raise":
             self._require_finite(total)
 
-        step = _Step(total, norms, _ops.isfinite(_ops.known(total)), [], [])
-        for rule, (group_total, group_norms) in zip(self._rules, measured, strict=True):
-            self._decide(step, rule, group_total, group_norms)
+        numbers = [_ops.known(group_total) for group_total, _ in measured]
+        known_total = numbers[0] if len(numbers) == 1 else _ops.known(total)
+        step = _Step(total, norms, _ops.isfinite(known_total), [], [])
+        for rule, number, (group_total, group_norms) in zip(
+            self._rules, numbers, measured, strict=True
+        ):
+            limit: Scalar = rule.limits(group_total, group_norms)
+            if rule.per_parameter:
+                self._decide(step, limit, group_norms, rule.epsilon)
+            else:
+                self._decide(step, _ops.known(limit), number, rule.epsilon)
         # These first, since they may refuse a gradient.
         for rule, own, group in zip(self._rules, ranges, groups, strict=True):
             if isinstance(rule, AGC):
@@ -328,13 +335,9 @@ class GradClipper:
         norms = torch.cat([norms.to(device) for _, norms in measured])
         return torch.linalg.vector_norm(totals, self._norm_type), norms
 
-    def _decide(self, step: _Step, rule: Threshold, total: Tensor, norms: Tensor) -> None:
-        """Ask a rule for the limit of its group, and make the coefficient of it."""
-        limit: Scalar = rule.limits(total, norms)
-        measured: Scalar = norms
-        if not rule.per_parameter:
-            limit, measured = _ops.known(limit), _ops.known(total)
-        coefficient = _ops.clip_coefficient(limit, measured, rule.epsilon)
+    def _decide(self, step: _Step, limit: Scalar, norm: Scalar, epsilon: float) -> None:
+        """Make the coefficient that keeps a norm within its limit, or the policy's."""
+        coefficient = _ops.clip_coefficient(limit, norm, epsilon)
         instead = _POLICIES[self._nonfinite]
         if instead is not None:
             coefficient = _ops.select(step.is_finite, coefficient, instead)

@@ -66,7 +66,7 @@ def clip_grad_norm_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``max_norm`` is negative or NaN.
     """
-    function = _CLIP_GRAD_NORM_.function
+    function = "clip_grad_norm_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     max_norm = _arguments.max_norm(max_norm, function)
     norm_type = _arguments.norm_type(norm_type, function)
@@ -104,7 +104,7 @@ def get_total_norm(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
         TypeError: an argument or an element of ``tensors`` has the wrong type.
     """
-    function = _GET_TOTAL_NORM.function
+    function = "get_total_norm"
     tensor_list = _arguments.tensor_list(tensors, function, "tensors")
     norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
@@ -138,7 +138,7 @@ def clip_grads_with_norm_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``max_norm`` is negative or NaN, or a tensor has more than one element.
     """
-    function = _CLIP_GRADS_WITH_NORM_.function
+    function = "clip_grads_with_norm_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     max_norm = _arguments.max_norm(max_norm, function)
     total_norm = _arguments.total_norm(total_norm, function)
@@ -168,7 +168,7 @@ def clip_grad_value_(
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``clip_value`` is negative or NaN.
     """
-    function = _CLIP_GRAD_VALUE_.function
+    function = "clip_grad_value_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
     clip_value = _arguments.clip_value(clip_value, function)
     _ops.clip_grad_value_(parameter_list, clip_value, foreach, _CLIP_GRAD_VALUE_)

@@ -56,23 +56,20 @@ def grad_norms(
     >>> grad_norms(model, dtype=torch.float32)
     GradNorms(total=tensor(5.0990), norms=tensor([5., 1.]), names=('weight', 'bias'))
     """
-    function = _GRAD_NORMS.function
+    function = "grad_norms"
     norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
     # A list of parameters is not looked through in Python: that takes longer than measuring.
-    if type(source) in (list, tuple):
-        measured = _ops.native_grad_norms(source, norm_type, dtype)
-        if measured is not None:
-            return _rounded(*measured, default_names(len(source)), dtype)
-    collection = Collection(source, function)
-    measured = _ops.grad_norms(collection.parameters, norm_type, dtype, _GRAD_NORMS)
-    return _rounded(*measured, collection.names, dtype)
-
-
-def _rounded(
-    total: Tensor, norms: Tensor, names: tuple[str, ...], dtype: torch.dtype | None
-) -> GradNorms:
-    if dtype is None:
-        return GradNorms(total, norms, names)
-    return GradNorms(total.to(dtype), norms.to(dtype), names)
+    is_list = type(source) is list or type(source) is tuple
+    measured = _ops.native_grad_norms(source, norm_type, dtype) if is_list else None
+    if measured is not None:
+        names = default_names(len(source))
+    else:
+        collection = Collection(source, function)
+        names = collection.names
+        measured = _ops.grad_norms(collection.parameters, norm_type, dtype, _GRAD_NORMS)
+    total, norms = measured
+    if dtype is not None:
+        total, norms = total.to(dtype), norms.to(dtype)
+    return GradNorms(total, norms, names)

@@ -210,11 +210,13 @@ bool py_is_native(py::handle tensor) { return is_native(unpack(tensor.ptr())); }
 
 bool py_is_flat(py::handle tensor) { return is_flat(unpack(tensor.ptr())); }
 
-// Whether the host may read the tensor's numbers without a device sync, with nobody watching.
-bool py_is_on_host(py::handle tensor) {
-  const at::Tensor unpacked = unpack(tensor.ptr());
-  const bool is_of_host = kGpuDevice != c10::DeviceType::CPU && unpacked.is_cpu();
-  return is_of_host && !observed();
+// The number in a tensor of one element, where the host may read it without a device sync and
+// nobody watches; else None.
+py::object py_known_number(py::handle tensor) {
+  const at::Tensor number = unpack(tensor.ptr());
+  const bool is_on_host = kGpuDevice != c10::DeviceType::CPU && number.is_cpu();
+  if (!is_on_host || number.numel() != 1 || observed()) return py::none();
+  return py::float_(number.item<double>());
 }
 
 std::string py_instruction_set() { return cpu::kernels().instruction_set; }
@@ -245,7 +247,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("hold_exactly", &py_hold_exactly, arg("containers"), arg("expected"));
   m.def("is_native", &py_is_native, arg("tensor"));
   m.def("is_flat", &py_is_flat, arg("tensor"));
-  m.def("is_on_host", &py_is_on_host, arg("tensor"));
+  m.def("known_number", &py_known_number, arg("tensor"));
   m.def("observed", &observed);
   m.def("instruction_set", &py_instruction_set);
   m.def("set_device_mode_type", &py_set_device_mode_type, arg("type"));

@@ -1,9 +1,9 @@
 """The operations on gradients, and who does them: the native engine, else torch's operations.
 
-This is the only place that knows of both. Each operation offers its list to ``_C``, which takes it
-as a whole or answers None with nothing changed; what it declines goes to :mod:`.fallback`, which
-finds every error before the first write. The public modules check and name the arguments; from
-here on they are known to be of the right types.
+This is the only place that knows of both. Unless a compiler is tracing, each operation offers its
+list to ``_C``, which takes it as a whole or answers None with nothing changed. What it declines
+goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
+and name the arguments; from here on they are known to be of the right types.
 
 ``parameters`` are tensors whose ``.grad`` is meant, ``tensors`` are meant themselves; both are
 lists or tuples, whose elements are checked here. ``caller`` says how messages name the function and
@@ -22,7 +22,7 @@ from torch import Tensor
 from gradclip_ext import _C
 from gradclip_ext._ops import fallback
 from gradclip_ext._ops.gradients import Caller
-from gradclip_ext._ops.observation import offer
+from gradclip_ext._ops.observation import compiling
 from gradclip_ext._ops.scalars import Scalar, clip_coefficient, isfinite, known, select, smallest
 
 __all__ = [
@@ -57,12 +57,12 @@ def clip_grad_norm_(
     caller: Caller,
 ) -> Tensor:
     """See :func:`gradclip_ext.clip_grad_norm_`."""
-    max_norm = _known_max_norm(max_norm)
-    norm = offer(
-        _C.clip_grad_norm_, parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
-    )
-    if norm is not None:
-        return norm
+    if type(max_norm) is not float:
+        max_norm = _known_max_norm(max_norm)
+    if not compiling():
+        norm = _C.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
+        if norm is not None:
+            return norm
     return fallback.clip_grad_norm_(
         parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, caller
     )
@@ -77,9 +77,10 @@ def get_total_norm(
     caller: Caller,
 ) -> Tensor:
     """See :func:`gradclip_ext.get_total_norm`."""
-    norm = offer(_C.get_total_norm, tensors, norm_type, bool(error_if_nonfinite), dtype)
-    if norm is not None:
-        return norm
+    if not compiling():
+        norm = _C.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
+        if norm is not None:
+            return norm
     return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)
 
 
@@ -93,7 +94,7 @@ def clip_grads_with_norm_(
     """See :func:`gradclip_ext.clip_grads_with_norm_`."""
     max_norm = _known_max_norm(max_norm)
     total_norm = known(total_norm)
-    if offer(_C.clip_grads_with_norm_, parameters, max_norm, total_norm) is None:
+    if compiling() or _C.clip_grads_with_norm_(parameters, max_norm, total_norm) is None:
         fallback.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, caller)
 
 
@@ -101,7 +102,7 @@ def clip_grad_value_(
     parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
 ) -> None:
     """See :func:`gradclip_ext.clip_grad_value_`."""
-    if offer(_C.clip_grad_value_, parameters, clip_value) is None:
+    if compiling() or _C.clip_grad_value_(parameters, clip_value) is None:
         fallback.clip_grad_value_(parameters, clip_value, foreach, caller)
 
 
@@ -133,12 +134,12 @@ def native_grad_norms(
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`grad_norms`; None, with nothing changed, where the list is not wholly native."""
-    return offer(_C.grad_norms, parameters, norm_type, dtype, weight_decay)
+    return None if compiling() else _C.grad_norms(parameters, norm_type, dtype, weight_decay)
 
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
     """Multiply every gradient by a number, or by a 0-dim tensor that is not waited for."""
-    if offer(_C.scale_, parameters, coefficient) is None:
+    if compiling() or _C.scale_(parameters, coefficient) is None:
         fallback.scale_(parameters, coefficient, caller)
 
 
@@ -147,7 +148,7 @@ def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller)
 
     1 writes nothing, 0 clears the gradient, also what is not finite in it.
     """
-    if offer(_C.scale_each_, parameters, coefficients) is None:
+    if compiling() or _C.scale_each_(parameters, coefficients) is None:
         fallback.scale_each_(parameters, coefficients, caller)
 
 
@@ -168,8 +169,5 @@ def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, calle
 
 def _known_max_norm(max_norm: Scalar) -> Scalar:
     """As :func:`known`; a negative number in a tensor counts as NaN, as on devices."""
-    # First and without another call, because it is what nearly every call brings.
-    if type(max_norm) is float:
-        return max_norm
     number = known(max_norm)
     return math.nan if type(number) is float and number < 0.0 else number

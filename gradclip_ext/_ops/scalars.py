@@ -28,11 +28,10 @@ def known(number: Scalar) -> Scalar:
     Anything else is returned as it is.
     """
     # Exact types: a subclass may hold its number elsewhere.
-    if type(number) is not Tensor and type(number) is not Parameter:
-        return number
-    if compiling() or number.numel() != 1 or not _C.is_on_host(number):
-        return number
-    return float(number.item())
+    if (type(number) is Tensor or type(number) is Parameter) and not compiling():
+        value = _C.known_number(number)
+        return number if value is None else value
+    return number
 
 
 def isfinite(number: Scalar) -> bool | Tensor:
