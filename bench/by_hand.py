@@ -1,7 +1,7 @@
-"""What GradClipper, grad_norms and the rules do, written by hand in torch: what they compete with.
+"""What GradClipper, grad_norms and the rules do, written by hand in torch: the baselines.
 
-As found in training scripts, and with the same results as ours but for rounding. Nothing here uses
-gradclip_ext. All parameters are expected to have gradients.
+They are written as in training scripts and agree with ours up to rounding. Nothing here uses
+gradclip_ext. All parameters must have gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def norms_by_foreach(parameters: Parameters) -> tuple[Tensor, Tensor]:
 
 
 def total_norm_on_host(parameters: Parameters) -> float:
-    """As in many scripts, which wait for the device once per gradient."""
+    """As in many scripts, with a device sync per gradient."""
     return math.sqrt(sum(parameter.grad.norm().item() ** 2 for parameter in parameters))
 
 
@@ -78,7 +78,7 @@ class AutoClip:
 
 
 class ZClip:
-    """Clips norms that are outliers of an exponential moving average, which Python numbers keep."""
+    """Clips outliers against exponential moving averages, which are Python floats."""
 
     def __init__(self, parameters: Parameters, alpha: float, z_threshold: float) -> None:
         self.parameters = parameters

@@ -19,12 +19,12 @@ as many bytes: for quiet one read, the fastest of several; for clip that and an 
 multiplication; for value the multiplication alone. GB/s counts each of these passes: 1 for quiet,
 3 for clip, 2 for value.
 
-On CUDA a call starts on an idle GPU whose L2 cache holds none of the gradients. Its time is that
-between two events around it, launching included. "device" is the time with launching hidden behind
-work queued before, "host" how long the call kept the host. The table shows the first, and how many
-kernels a call launches, which the profiler counts. "copy" is a copy on the GPU that reads and
-writes as many bytes together as the gradients have; bandwidths of reading and copying are in the
-data, and the table's last lines give the largest.
+On CUDA a call starts on an idle GPU with a cold L2 cache. Its time is that between the events
+before and after it, launch overhead included. "device" is the time with launches hidden behind work
+queued earlier, "host" how long the call blocks the host. The table shows the first, and the kernels
+per call as the profiler counts them. "copy" is a device-to-device copy whose reads and writes add
+up to the bytes of the gradients; both bandwidths are in the data, the largest of each below the
+table.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ PASSES = {"quiet": 1, "clip": 3, "value": 2}
 # Largest relative error of our norm, which is rounded to the dtype of the result, and of a clipped
 # element relative to the largest. More is a bug, and nothing is timed.
 TOLERANCE = {"float64": 1e-13, "float32": 2e-7, "bfloat16": 4e-3, "float16": 1e-3, "mixed": 4e-3}
-# From here on the result of another implementation counts as wrong. It is timed, but marked: a
-# bfloat16 sum of many tensors, as in the textbook loop, is off by much more.
+# Beyond this, the result of another implementation counts as wrong. It is timed, but marked: a
+# bfloat16 sum over many tensors, as in the textbook loop, is off by much more.
 BELIEVABLE = {"float64": 1e-9, "float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2, "mixed": 5e-2}
 
 SUITES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "dtypes": ["float32", "bfloat16"],
         "seconds": 0.05,
     },
-    # In the time that tools/gpu_check.sh has.
+    # Fits into the time that tools/gpu_check.sh allows.
     "gpu": {
         "workloads": ["small", "lstm", "1000x1000", "resnet50", "gpt2"]
         + ["mixed_500", "one_1536m", "llama3_8b"],
@@ -94,7 +94,7 @@ CUDA_COLUMNS = {"launches": 8, "torch": 6, "on device": 9}
 
 
 def roofline_call(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
-    """How to restore for and how to call one of ROOFLINES."""
+    """What to call, untimed and timed, for one of ROOFLINES."""
     flat, flat_as_float64 = gradients.flat, gradients.flat_as_float64
     first_half, second_half = flat.chunk(2)
 
@@ -110,7 +110,7 @@ def roofline_call(implementation: str, gradients: Gradients) -> tuple[Call, Call
         "read, torch.sum float64": (gradients.restore_flat, lambda: torch.sum(flat_as_float64)),
         "read, torch.sum float32": (gradients.restore_flat, lambda: torch.sum(flat)),
         "multiply": (gradients.restore_flat, lambda: flat.mul_(0.5)),
-        # After a read that is not timed: what still fits into the cache is there.
+        # After an untimed read, which leaves in the cache what fits.
         "multiply after read": (restore_and_read, lambda: flat.mul_(0.5)),
         "copy": (gradients.restore_flat, lambda: second_half.copy_(first_half)),
     }[implementation]
@@ -150,12 +150,12 @@ def function_of(implementation: Implementation, kind: str) -> Callable[..., Any]
 
 
 def errors(gradients: Gradients, kind: str, found: torch.Tensor | None) -> dict[str, float | None]:
-    """Errors of a call that has just been made, relative to float64.
+    """Relative errors of a call that has just been made, against float64.
 
-    That of the gradients is relative to the largest element of their tensor.
+    The error of an element is relative to the largest element of its tensor.
     """
     threshold = threshold_of(kind, gradients)
-    # On the device, one number is read back for the whole list.
+    # Kept on the device, so that one number is read back for the whole list.
     worst = torch.zeros((), dtype=torch.float64, device=gradients.flat.device)
     for gradient, original in zip(gradients.gradients, gradients.originals, strict=True):
         expected = original.to(torch.float64, copy=True)
@@ -174,7 +174,7 @@ def errors(gradients: Gradients, kind: str, found: torch.Tensor | None) -> dict[
 
 
 def finite(error: float) -> float:
-    """The error, or one that JSON can hold."""
+    """The error, made finite: JSON has no infinity and no NaN."""
     return error if error < 1e300 else 1e300
 
 
@@ -185,7 +185,7 @@ def largest(row_errors: dict[str, float | None]) -> float:
 def checked(
     implementation: Implementation, kind: str, dtype: str, gradients: Gradients
 ) -> dict[str, Any] | None:
-    """Errors of an implementation, or None where it cannot take these gradients."""
+    """The errors of an implementation, or None if it does not support these gradients."""
     function = function_of(implementation, kind)
     if function is None:
         return None
@@ -195,7 +195,7 @@ def checked(
     except RuntimeError as error:
         if implementation.name in (OURS, REFERENCE):
             raise
-        tqdm.write(f"{implementation.name} cannot do it: {str(error).splitlines()[0]}")
+        tqdm.write(f"{implementation.name} does not support it: {str(error).splitlines()[0]}")
         return None
     found = errors(gradients, kind, norm)
     if implementation.name == OURS and largest(found) > TOLERANCE[dtype]:
@@ -212,7 +212,7 @@ def row_of(
     clock: Clock,
     seconds: float,
 ) -> dict[str, Any]:
-    """Checks and measures everything that can do it."""
+    """Checks and measures every implementation that supports the case."""
     verdicts: dict[str, dict[str, Any]] = {}
     calls: dict[str, tuple[Call, Call]] = {}
     threshold = threshold_of(kind, gradients)
@@ -302,23 +302,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=SUITES, default="default", help="what is not given")
     parser.add_argument(
-        "--quick", action="store_const", const="ci", dest="suite", help="the same as --suite ci"
+        "--suite", choices=SUITES, default="default", help="defaults for options not given"
+    )
+    parser.add_argument(
+        "--quick", action="store_const", const="ci", dest="suite", help="same as --suite ci"
     )
     parser.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS)
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--kinds", nargs="+", choices=KINDS)
-    parser.add_argument("--seconds", type=float, help="for each workload, dtype and kind")
+    parser.add_argument("--seconds", type=float, help="per workload, dtype and kind")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument(
-        "--compile", action="store_true", help="also time torch.compile, which compiles for long"
+        "--compile", action="store_true", help="also time torch.compile (slow to compile)"
     )
     parser.add_argument(
-        "--output", type=Path, help="JSON file (default: one in bench/results, named for the run)"
+        "--output", type=Path, help="JSON file (default: named after the run, in bench/results)"
     )
     options = parser.parse_args(arguments)
     suite = {
@@ -352,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table({**COLUMNS, **(CUDA_COLUMNS if device.type == "cuda" else {})})
     tqdm.write(table.head())
     rows = []
-    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    # disable=None: a bar on a terminal, nothing if the output is redirected.
     progress = tqdm(total=len(cases) * len(options.kinds), leave=False, disable=None)
     for workload, dtype in cases:
         gradients = Gradients(workload, dtype, device)
@@ -363,9 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
             tqdm.write(line_of(table, row))
             progress.update()
-        # After every case, so that a run that is stopped has not been for nothing.
+        # After every case, so that an interrupted run keeps what it has measured.
         save({**facts, "seconds": options.seconds, "rows": rows}, path)
-        # Before the next ones are made: two of the largest together may not fit into the memory.
+        # Freed first, since two of the largest lists may not fit into memory together.
         del gradients
     progress.close()
     if any(
@@ -373,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows
         for implementation in row["implementations"].values()
     ):
-        tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
+        tqdm.write("!: the error is too large to be explained by the dtype")
     for name in ("read", "copy"):
         found = [
             row.get("device_roofline_gigabytes_per_second", row["roofline_gigabytes_per_second"])

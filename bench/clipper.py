@@ -1,26 +1,26 @@
-"""Times GradClipper, grad_norms and the adaptive rules beside the same written by hand in torch.
+"""Times GradClipper, grad_norms and the adaptive rules against the same written by hand in torch.
 
     python bench/clipper.py                            # every workload, minutes
     python bench/clipper.py --workloads lstm --seconds 0.5
     python bench/clipper.py --device cuda
 
-Gradients have the shapes of real models and are float32. Within one row everything takes turns.
-Before every call the gradients, and what a rule remembers, are what they were, so that all calls
-make the same step. Each way is compared with the one by hand in float64 before anything is timed.
+Gradients are float32 and have the shapes of real models. Within a row everything takes turns.
+Gradients and the state of a rule are restored before every call, so that all calls make the same
+step. Each implementation is checked against the one by hand in float64 before anything is timed.
 Quote the ratios: absolute times depend on what else the machine does.
 
 Cases:
   norms         grad_norms: the norm of each gradient and of all.
-  clip          GradClipper with a number, beside torch's clip_grad_norm_ with norms and history.
-  autoclip      GradClipper with AutoClip, beside numpy.percentile of all norms so far.
-  zclip         GradClipper with ZClip, beside moving averages in Python's numbers.
-  adagc         GradClipper with AdaGC, beside a loop over the tensors.
-  agc           adaptive_clip_grad_, beside a loop over the tensors.
-  weight_decay  add_weight_decay_ and clip_grad_norm_, beside a loop and torch's clip_grad_norm_.
+  clip          GradClipper with a number, against torch's clip_grad_norm_ with norms and history.
+  autoclip      GradClipper with AutoClip, against numpy.percentile of all norms so far.
+  zclip         GradClipper with ZClip, against moving averages as Python floats.
+  adagc         GradClipper with AdaGC, against a loop over the tensors.
+  agc           adaptive_clip_grad_, against a loop over the tensors.
+  weight_decay  add_weight_decay_ and clip_grad_norm_, against a loop and torch's clip_grad_norm_.
 
-Kinds: "quiet" is a step in which nothing has to be clipped, "clip" one in which everything is.
-"bare" is our own function without the case's addition: get_total_norm for norms, else
-clip_grad_norm_. What is above 1 in ours/bare is what the addition costs.
+Kinds: "quiet" is a step that clips nothing, "clip" one that clips everything. "bare" is our own
+function without what the case adds: get_total_norm for norms, else clip_grad_norm_. So ours/bare
+tells what the addition costs.
 """
 
 from __future__ import annotations
@@ -62,35 +62,35 @@ PERCENTILE = 10.0
 # The papers' values, which are also our defaults.
 ZCLIP = {"alpha": 0.97, "z_threshold": 2.5}
 ADAGC = {"beta": 0.98, "relative_limit": 1.05}
-# Steps before the one that is timed, with norms this far around their mean.
+# Steps before the timed one, and the spread of the logarithms of their norms.
 PAST_STEPS = 1000
 PAST_SPREAD = 0.1
-# Of AGC: none of the units exceeds its limit, or all of them do.
+# For AGC: no unit exceeds its limit, or all of them do.
 CLIP_FACTORS = {"quiet": 100.0, "clip": 0.01}
 
 # Largest relative error of ours: of a norm, and of an element relative to the largest. More is a
 # bug, and nothing is timed.
 TOLERANCE = 4e-7
-# From here on the result of another way counts as wrong. It is timed, but marked.
+# Beyond this, the result of another implementation counts as wrong. It is timed, but marked.
 BELIEVABLE = 1e-2
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A way to do it, ready to be called on a model."""
+    """An implementation, ready to be called on a model."""
 
     restore: Callable[[], None]
     call: Callable[[], Any]
-    # From what a call returned to the norms it found, that of all first.
+    # Turns what a call returned into the norms that it found, the total first.
     read: Callable[[Any], list[float]] = lambda _: []
 
 
-# From a model and a kind.
+# Prepares an implementation for a model and a kind.
 Way = Callable[[Model, str], Prepared]
 
 
 def max_norm_of(model: Model, kind: str) -> float:
-    """What the norm is compared with."""
+    """Above the norm of the gradients, or below it."""
     return model.norm * {"quiet": 3.0, "clip": 1.0 / 3.0}[kind]
 
 
@@ -108,7 +108,7 @@ def read_total(result: Tensor) -> list[float]:
 def all_norms(
     measure: Callable[[list[torch.nn.Parameter]], Any], model: Model, kind: str
 ) -> Prepared:
-    # Of ours, the names are left out.
+    # Ours also returns the names.
     return Prepared(model.restore, lambda: measure(model.parameters)[:2], read_pair)
 
 
@@ -163,14 +163,14 @@ def bare_clip(model: Model, kind: str) -> Prepared:
 
 
 def past_factors() -> list[float]:
-    """By what the norms of the steps before are above or below their mean."""
+    """The norms of the steps before, relative to a typical one."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(PAST_STEPS, generator=generator, dtype=torch.float64) * PAST_SPREAD
     return noise.exp().tolist()
 
 
 def with_past(rule: Threshold, model: Model, kind: str) -> Threshold:
-    """The rule, after the steps before the one that is timed."""
+    """The rule, in its state before the timed step."""
     device = model.originals[0].device
     norms = torch.tensor(model.norms, dtype=torch.float64, device=device)
     norms *= max_norm_of(model, kind) / model.norm
@@ -201,7 +201,7 @@ def make_zclip(model: Model) -> ZClip:
 
 
 def make_adagc(model: Model) -> AdaGC:
-    # Nothing is clipped in the warm-up, after which each gradient has the norm of its past.
+    # So high that the warm-up clips nothing and records the norms as they are.
     return AdaGC(**ADAGC, absolute_limit=10 * model.norm)
 
 
@@ -274,7 +274,7 @@ def clipper_weight_decay(model: Model, kind: str) -> Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared, by name: always OURS, HAND and BARE, and what else there is."""
+    """The implementations by name: always OURS, HAND and BARE, and others where there are any."""
 
     ways: dict[str, Way]
     kinds: tuple[str, ...] = ("quiet", "clip")
@@ -318,12 +318,12 @@ CASES = {
 
 
 def is_bare(name: str) -> bool:
-    """Whether it does less than the others, and need not give the same."""
+    """Whether it does less than the others, so that results may differ."""
     return name.startswith(BARE)
 
 
 def done(prepared: Prepared) -> list[float]:
-    """Makes one step and returns the norms that it found."""
+    """Makes one step and returns the norms it found."""
     prepared.restore()
     return prepared.read(prepared.call())
 
@@ -331,7 +331,7 @@ def done(prepared: Prepared) -> list[float]:
 def relative_error(
     found: list[float], model: Model, expected: list[float], expected_gradients: list[Tensor]
 ) -> float:
-    """The largest one: of the norms that both have, and of elements relative to the largest."""
+    """The largest, over the norms that both report and all elements relative to the largest."""
     errors = [
         abs(one - other) / other
         for one, other in zip(found, expected, strict=False)
@@ -342,12 +342,12 @@ def relative_error(
         error = (gradient.double() - other).abs().max() / other.abs().max()
         worst = torch.maximum(worst, error.nan_to_num(nan=torch.inf))
     errors.append(worst.item())
-    # NaN is not larger than anything, and JSON holds no infinity.
+    # max() would overlook NaN, and JSON has no infinity.
     return min(1e300, max(math.inf if math.isnan(error) else error for error in errors))
 
 
 def checked(case: Case, kind: str, model: Model) -> dict[str, float]:
-    """The relative error of each way that can be compared with the one by hand in float64."""
+    """The relative error of each comparable implementation, against by hand in float64."""
     truth = model.in_float64()
     expected = done(case.ways[HAND](truth, kind))
     errors = {}
@@ -369,7 +369,7 @@ def row_of(
     clock: Clock,
     seconds: float,
 ) -> dict[str, Any]:
-    """Checks and measures all ways of a case."""
+    """Checks and measures all implementations of a case."""
     case = CASES[name]
     errors = checked(case, kind, model)
     prepared = {way_name: way(model, kind) for way_name, way in case.ways.items()}
@@ -390,7 +390,7 @@ def row_of(
         "implementations": implementations,
         "ratio": medians[HAND] / medians[OURS],
         "ratio_to_bare": medians[OURS] / medians[BARE],
-        # To the slower of them, where one reads what the other is given.
+        # Of norms there are two: one is given the gradients, the other reads them.
         "ratio_to_slowest_bare": medians[OURS] / max(bares),
     }
 
@@ -449,12 +449,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="for each workload, case and kind (default: 4)"
+        "--seconds", type=float, default=4.0, help="per workload, case and kind (default: 4)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument(
-        "--output", type=Path, help="JSON file (default: one in bench/results, named for the run)"
+        "--output", type=Path, help="JSON file (default: named after the run, in bench/results)"
     )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -474,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     steps = [(name, kind) for name in options.cases for kind in CASES[name].kinds]
-    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    # disable=None: a bar on a terminal, nothing if the output is redirected.
     progress = tqdm(total=len(options.workloads) * len(steps), leave=False, disable=None)
     for workload in (WORKLOADS[name] for name in options.workloads):
         model = Model(workload, device)
@@ -483,15 +483,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row_of(workload, name, kind, model, clock, options.seconds))
             tqdm.write(line_of(table, rows[-1]))
             progress.update()
-            # After every row, so that a run that is stopped has not been for nothing.
+            # After every row, so that an interrupted run keeps what it has measured.
             save({**facts, "seconds": options.seconds, "rows": rows}, path)
-        # Before the next ones are made: two of the largest together may not fit into the memory.
+        # Freed first, since two of the largest models may not fit into memory together.
         del model
     progress.close()
     if any(
         not way.get("believable", True) for row in rows for way in row["implementations"].values()
     ):
-        tqdm.write("!: its result is wrong by more than can be blamed on the dtype")
+        tqdm.write("!: the error is too large to be explained by the dtype")
     tqdm.write(f"\n{time.perf_counter() - start:.0f} s. Data: {path}")
     return 0
 

@@ -1,4 +1,4 @@
-"""How calls are timed: in turns, from restored gradients, on CUDA with a cold L2 cache."""
+"""How calls are timed: interleaved, on restored gradients, on CUDA with a cold L2 cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Clock(Protocol):
     """Times one call."""
 
     def times(self, restore: Call, call: Call) -> dict[str, float]:
-        """Returns seconds: "time", which is compared, and what else the device can tell."""
+        """Returns seconds: "time", which is compared, and others where the device has them."""
 
 
 class CpuClock:
@@ -53,8 +53,8 @@ class CudaClock:
         elapsed = self.start.elapsed_time(self.end) / 1e3
 
         self._prepare(restore)
-        # Keeps the GPU busy until the call has queued all its work. What waits for the GPU, as
-        # `norm > max_norm` does, cannot be hidden and shows.
+        # Keeps the GPU busy until the call has queued all its work. A device sync, as in
+        # `norm > max_norm`, cannot be hidden and shows.
         torch.cuda._sleep(int((2 * host + 50e-6) * self.CYCLES_PER_SECOND))
         self.start.record()
         call()
@@ -79,7 +79,7 @@ def clock_for(device: torch.device) -> Clock:
 def measured(
     calls: dict[str, tuple[Call, Call]], clock: Clock, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Statistics of calls that take turns, by name."""
+    """Statistics by name, of calls that take turns for so many seconds."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
     for restore, call in calls.values():
         clock.times(restore, call)
@@ -98,7 +98,7 @@ def measured(
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile in microseconds."""
+    """Median and the 20 % and 80 % quantiles, in microseconds."""
     cuts = statistics.quantiles(seconds, n=5)
     return {
         "median_us": statistics.median(seconds) * 1e6,
@@ -109,7 +109,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def launches(restore: Call, call: Call) -> int:
-    """How many kernels a call launches on the GPU; copies and fills of memory do not count."""
+    """How many kernels a call launches; memory copies and fills do not count."""
     restore()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -1,4 +1,4 @@
-"""What is compared: ways to clip by norm and by value, behind one signature."""
+"""What clip.py compares: implementations of clipping by norm and by value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import gradclip_ext
 
 Parameters = list[torch.nn.Parameter]
-# Both clip in place, the first returns the norm that was there before, where it can tell.
+# Both clip in place; the first returns the norm before clipping.
 ClipNorm = Callable[[Parameters, float], Tensor]
 ClipValue = Callable[[Parameters, float], None]
 
@@ -22,7 +22,7 @@ OURS, REFERENCE = "gradclip_ext", "torch"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to clip; a function that it does not have is None."""
+    """One library or loop; a function that it lacks is None."""
 
     name: str
     clip_norm: ClipNorm | None
@@ -30,11 +30,11 @@ class Implementation:
 
 
 def textbook_norm(parameters: Parameters, max_norm: float) -> Tensor:
-    """The loop of "Dive into Deep Learning" and of many a repository."""
+    """The loop of "Dive into Deep Learning", copied into many repositories."""
     norm = torch.sqrt(sum(torch.sum(p.grad**2) for p in parameters))
     if norm > max_norm:
         for parameter in parameters:
-            # Not `grad[:]`: that refuses tensors without dimension.
+            # Not `grad[:]`, which fails for 0-dim tensors.
             parameter.grad[...] *= max_norm / norm
     return norm
 
@@ -45,7 +45,7 @@ def textbook_value(parameters: Parameters, clip_value: float) -> None:
 
 
 def apex() -> Implementation | None:
-    """NVIDIA Apex, whose clip_grad_norm_ is a drop-in for torch's as well."""
+    """NVIDIA Apex, whose clip_grad_norm_ is another drop-in for torch's."""
     try:
         from apex.contrib.clip_grad import clip_grad_norm_
     except ImportError:
@@ -54,7 +54,7 @@ def apex() -> Implementation | None:
 
 
 def transformer_engine() -> Implementation | None:
-    """Transformer Engine's multi-tensor kernels, put together as Megatron-LM does."""
+    """Transformer Engine's multi-tensor kernels, combined as in Megatron-LM."""
     try:
         import transformer_engine.pytorch  # noqa: F401  (loads the library of the next line)
         import transformer_engine_torch as kernels
@@ -63,7 +63,7 @@ def transformer_engine() -> Implementation | None:
     chunk = 2048 * 32
 
     def clip_norm(parameters: Parameters, max_norm: float) -> Tensor:
-        # Each launch takes tensors of a single dtype.
+        # A launch takes tensors of one dtype.
         groups: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters:
             groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
@@ -83,7 +83,7 @@ def transformer_engine() -> Implementation | None:
 
 
 def compiled() -> Implementation:
-    """torch.compile of torch's functions, without what it compiled for other gradients."""
+    """torch.compile of torch's functions, with an empty cache."""
     torch._dynamo.reset()
     return Implementation(
         "torch.compile",
@@ -93,7 +93,7 @@ def compiled() -> Implementation:
 
 
 def implementations(device: torch.device, with_compile: bool) -> list[Implementation]:
-    """All that can run on the device, torch's and ours first. Ask again for other gradients."""
+    """All that run on the device, torch's and ours first; call anew for each list of gradients."""
     norm, value = torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_
 
     def with_foreach(foreach: bool) -> Implementation:

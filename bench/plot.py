@@ -1,9 +1,9 @@
-"""Draws what clip.py has written.
+"""Plots a report of clip.py.
 
     python bench/plot.py bench/results/NAME.json
 
-Beside the JSON file appear NAME-speedup.png, NAME-bytes.png, NAME-tensors.png and NAME-error.png,
-of one dtype, and of the workloads that come in another one only.
+Writes NAME-speedup.png, NAME-bytes.png, NAME-tensors.png and NAME-error.png next to the JSON file.
+They show one dtype, and the workloads that exist in another one only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Row = dict[str, Any]
 
-# Of the Okabe-Ito palette, whose colours also differ for the colour-blind. Shapes differ, too.
+# From the Okabe-Ito palette, which is safe for the colour-blind. Marker shapes differ as well.
 BLUE, VERMILION, SKY_BLUE, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
 STYLES: dict[str, dict[str, Any]] = {
     REFERENCE: {"color": VERMILION, "marker": "s", "label": "torch.nn.utils"},
@@ -32,9 +32,9 @@ KINDS = {
     "clip": "norm above max_norm: gradients are scaled",
 }
 KIND_COLORS = {"quiet": BLUE, "clip": SKY_BLUE}
-# Where time depends on the number of tensors more than on their size.
+# Below this, the number of tensors matters more than their size.
 SMALL_BYTES = 2**20
-# How far left of the smallest error no error at all is drawn, for zero has no logarithm.
+# Zero has no logarithm: an exact result is drawn at the smallest error times this.
 EXACT = 1e-2
 
 
@@ -64,7 +64,7 @@ def caption(report: dict[str, Any]) -> str:
 def titled_figure(
     report: dict[str, Any], title: str, size: tuple[float, float], columns: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    # Without pyplot, nothing ever tries to open a window.
+    # Not pyplot, which may try to open a window.
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"{title}\n", fontsize=13, weight="bold")
     figure.text(0.5, 0.985 - 0.27 / size[1], caption(report), ha="center", va="top", fontsize=9)
@@ -73,7 +73,7 @@ def titled_figure(
 
 
 def speedup(report: dict[str, Any]) -> Figure:
-    """Bars of the ratio torch / ours."""
+    """Bars of the time of torch over ours."""
     rows = report["rows"]
     names = list(dict.fromkeys(name_of(row) for row in rows))[::-1]
     figure, (axes,) = titled_figure(
@@ -83,7 +83,7 @@ def speedup(report: dict[str, Any]) -> Figure:
         selected = of_kind(rows, kind)
         heights = [names.index(name_of(row)) + 0.2 - 0.4 * place for row in selected]
         ratios = [row["ratio"] for row in selected]
-        # From 1, so that a bar to the left means slower.
+        # Bars start at 1, so that one to the left means slower.
         axes.barh(
             heights,
             [ratio - 1 for ratio in ratios],
@@ -131,7 +131,7 @@ def number_of_bytes(value: float, _: object) -> str:
 
 
 def draw_times(axes: Axes, rows: list[Row], x: str) -> None:
-    """Medians as points, with lines from the 20 % to the 80 % quantile."""
+    """Medians as points, error bars from the 20 % to the 80 % quantile."""
     for name, style in STYLES.items():
         values = [row["implementations"][name] for row in rows]
         medians = [value["median_us"] for value in values]
@@ -175,7 +175,7 @@ def time_against_bytes(report: dict[str, Any]) -> Figure:
                     (row["bytes"], row["implementations"][REFERENCE]["q80_us"]),
                     xytext=(0, 6),
                     textcoords="offset points",
-                    # Upright, because those of the large models stand close together.
+                    # Upright, because the large models are close together.
                     rotation=90,
                     ha="center",
                     fontsize=7,
@@ -186,7 +186,7 @@ def time_against_bytes(report: dict[str, Any]) -> Figure:
         axes.legend(frameon=False, fontsize=9, loc="lower right")
     panels[0].set_ylabel("median time, 20 % to 80 % quantile")
     lowest, highest = panels[0].get_ylim()
-    # The names stand above the highest points.
+    # Room for the names above the highest points.
     panels[0].set_ylim(lowest, highest * 8)
     return figure
 
@@ -236,7 +236,7 @@ def error_of_norm(report: dict[str, Any]) -> Figure:
     exact = EXACT * min((error for error in errors if error > 0), default=1e-16)
     found = {name: [error or exact for error in values] for name, values in found.items()}
     axes.hlines(places, *found.values(), color="0.8", linewidth=2, zorder=1)
-    # An open square around a point shows that both are there.
+    # An open square, so that a point inside stays visible.
     sizes = {REFERENCE: {"s": 70, "facecolors": "none", "linewidths": 2}, OURS: {"s": 30}}
     for name, style in STYLES.items():
         axes.scatter(found[name], places, zorder=2, **sizes[name], **style)
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", type=Path, help="JSON file of clip.py")
-    parser.add_argument("--dtype", default="float32", help="which rows (default: float32)")
+    parser.add_argument("--dtype", default="float32", help="rows to plot (default: float32)")
     options = parser.parse_args(arguments)
     report = loads(options.report.read_text())
     in_dtype = {row["workload"] for row in report["rows"] if row["dtype"] == options.dtype}

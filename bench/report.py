@@ -1,4 +1,4 @@
-"""What the benchmarks share: where and with what they ran, statistics, and where results go."""
+"""What the benchmarks share: the facts about a run, its table, and its file of results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cpu_kernels() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Everything outside the code that the times depend on."""
+    """What the times depend on besides the code."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device.type,
@@ -67,7 +67,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def default_path(facts: dict[str, Any], *words: str) -> Path:
-    """A path made of the device, the version of torch, the date and the given words."""
+    """A path in bench/results, named after the words, the device, torch and the date."""
     parts = [
         *words,
         facts.get("gpu", facts["device"]),
@@ -83,10 +83,10 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 class Table:
-    """Lines of aligned cells, which can be printed as they come."""
+    """Lines of aligned cells, to be printed one by one."""
 
     def __init__(self, columns: dict[str, int]) -> None:
-        """Takes titles and widths; a negative width aligns to the left, as for names."""
+        """Takes titles and widths; a negative width aligns to the left."""
         self.columns = columns
 
     def line(self, cells: Sequence[str]) -> str:

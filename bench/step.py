@@ -1,12 +1,11 @@
-"""Times the share of a training step that clipping takes, with torch's function and with ours.
+"""Measures the share of a training step that clipping takes, with torch's function and with ours.
 
     python bench/step.py
 
-Three models are trained on the text of the demo: its character RNN with plain gradient descent, a
-two-layer LSTM and a small transformer, both with Adam. A single model is trained, in whose steps
-the two functions take turns; so both clip the same kind of gradients, on the same machine, in the
-same minute. What a training gains depends on the share: a model that computes for long between two
-calls gains little.
+Three models are trained on the text of the demo: its character RNN with plain SGD, a two-layer LSTM
+and a small transformer, both with Adam. The two functions take turns in the steps of one training,
+so that both clip the same kind of gradients under the same load. The gain depends on the share: a
+model that computes for long between two calls gains little.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ WARM_UP_STEPS = 5
 
 
 class StatelessRNN(nn.Module):
-    """The demo's network, every batch from a state of zeros."""
+    """The demo's network, starting every batch from a state of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = CharacterRNN(512, torch.Generator().manual_seed(0))
 
     def forward(self, characters: Tensor) -> Tensor:
-        """From (batch, sequence) to scores of shape (batch, sequence, vocabulary)."""
+        """From (batch, sequence) to logits of shape (batch, sequence, vocabulary)."""
         state = self.network.initial_state(len(characters))
         return self.network(characters, state)[0].transpose(0, 1)
 
@@ -115,14 +114,14 @@ TRAININGS = {
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of shape (batch, sequence), without end."""
+    """Yields inputs and targets of shape (batch, sequence), endlessly."""
     generator = torch.Generator().manual_seed(0)
     for inputs, targets, _ in sequential_batches(encode(read_text(CHARACTERS)), generator):
         yield inputs.contiguous(), targets.contiguous()
 
 
 def row_of(name: str, steps: int) -> dict[str, Any]:
-    """Trains for as many steps with each function."""
+    """Trains for this many steps with each function."""
     training = TRAININGS[name]
     torch.manual_seed(0)
     model = training.model()
@@ -136,7 +135,7 @@ def row_of(name: str, steps: int) -> dict[str, Any]:
 
     total = WARM_UP_STEPS + steps
     for step in tqdm(range(total), desc=name, leave=False, disable=None):
-        # Which one is first changes from round to round.
+        # They also take turns in going first.
         order = list(CLIP_FUNCTIONS)[:: -1 if step % 2 else 1]
         for function in order:
             inputs, targets = next(data)
@@ -175,8 +174,8 @@ def row_of(name: str, steps: int) -> dict[str, Any]:
         }
     clip = {function: row["implementations"][function]["clip"] for function in CLIP_FUNCTIONS}
     row["clip_ratio"] = clip[REFERENCE]["median_us"] / clip[OURS]["median_us"]
-    # From what is not clipping, which is the same in all steps: the noise of whole steps is larger
-    # than what clipping takes.
+    # Computed from one median of everything but clipping, which is the same for both: the noise of
+    # whole steps exceeds the time of clipping.
     rest = statistics.median(
         whole - part
         for function in CLIP_FUNCTIONS
@@ -228,11 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=TRAININGS, default=list(TRAININGS))
-    parser.add_argument("--steps", type=int, default=200, help="with each of the two functions")
+    parser.add_argument("--steps", type=int, default=200, help="per function")
     parser.add_argument("--quick", action="store_const", const=5, dest="steps", help="5 steps")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument(
-        "--output", type=Path, help="JSON file (default: one in bench/results, named for the run)"
+        "--output", type=Path, help="JSON file (default: named after the run, in bench/results)"
     )
     options = parser.parse_args(arguments)
     if options.steps < 2:

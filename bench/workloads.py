@@ -1,7 +1,7 @@
 """Lists of gradients with the parameter shapes of real models.
 
-The shapes are written as the models are built, in the order of `model.parameters()`, so that
-nothing has to be installed to know them. A test holds the published counts.
+Shapes are in the order of `model.parameters()`. They are written down here, so that the models'
+libraries need not be installed; a test checks them against the published counts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Standard deviation of the gradients. Their squares fit into float16, although barely.
+# Standard deviation of the gradients. Their squares barely fit into float16.
 SIGMA = 0.01
-# Standard deviation of the parameters where their values matter, as of GPT-2's initial ones.
+# Standard deviation of the parameters where their values matter: that of GPT-2's initialization.
 PARAMETER_SIGMA = 0.02
 
 Shape = tuple[int, ...]
@@ -33,11 +33,11 @@ class Workload:
     name: str
     about: str
     shapes: Sequence[Shape]
-    # The only dtype in which the workload makes sense, or "mixed"; None: the run chooses.
+    # The only dtype in which the workload makes sense, or "mixed"; None if the run chooses.
     dtype: str | None = None
     # Where a run includes the workload by default.
     devices: tuple[str, ...] = ("cpu", "cuda")
-    # Of each tensor, where the dtype is "mixed".
+    # One per tensor if the dtype is "mixed".
     dtypes: Sequence[str] = ()
 
     @property
@@ -104,12 +104,12 @@ def mobilenet_v3() -> list[Shape]:
 
 
 def normalized(convolution: Shape) -> list[Shape]:
-    """A convolution without bias and the batch normalization behind it."""
+    """A convolution without bias and its batch normalization."""
     return [convolution, (convolution[0],), (convolution[0],)]
 
 
 def multiple_of_8(channels: int) -> int:
-    """The rounding of the MobileNets: to the nearest multiple, but never down by over 10 %."""
+    """Rounds as the MobileNets do: to the nearest multiple, but never down by more than 10 %."""
     rounded = max(8, (channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
@@ -147,14 +147,14 @@ def llama3_8b() -> list[Shape]:
     return [(vocabulary, width), *block * 32, (width,), (vocabulary, width)]
 
 
-# 4.5 million elements, with sizes that no vector length divides among them.
+# 4.5 million elements; some sizes are not divisible by any vector length.
 MIXED_CYCLE: list[Shape] = [
     *[(1024, 1024), (1000, 1000), (768, 1024), (512, 1024), (700, 700)],
     *[(512, 512), (300, 700), (256, 512), (64, 371), (371, 64)],
 ]
 
 
-# They alternate within a cycle, and from cycle to cycle at the same place.
+# They alternate within a cycle, and for the same matrix from cycle to cycle.
 MIXED_DTYPES = [
     ("bfloat16", "float32")[(place + cycle) % 2]
     for cycle in range(50)
@@ -163,7 +163,7 @@ MIXED_DTYPES = [
 
 
 def mixed(divisor: int) -> list[Shape]:
-    """500 matrices, whose sides are divided."""
+    """500 matrices with their sides divided."""
     return [(rows // divisor, columns // divisor) for rows, columns in MIXED_CYCLE] * 50
 
 
@@ -171,7 +171,7 @@ def mixed(divisor: int) -> list[Shape]:
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in [
-        Workload("one_scalar", "One tensor of no dimension: what a call costs at least", [()]),
+        Workload("one_scalar", "One 0-dim tensor: the fixed cost of a call", [()]),
         Workload("many_small_10", "10 tensors of 8 elements", [(8,)] * 10),
         Workload("many_small_100", "100 tensors of 8 elements", [(8,)] * 100),
         Workload("many_small", "1000 tensors of 8 elements", [(8,)] * 1000),
@@ -231,10 +231,10 @@ WORKLOADS: dict[str, Workload] = {
 
 
 class Gradients:
-    """Parameters whose gradients can be restored, and the float64 truth about these."""
+    """Parameters whose gradients can be restored, and their norm in float64."""
 
     def __init__(self, workload: Workload, dtype: str, device: torch.device) -> None:
-        """Takes "mixed" as dtype for a workload that says the dtype of each tensor."""
+        """Takes "mixed" as the dtype of a workload that sets one per tensor."""
         shapes = workload.shapes
         dtypes = [DTYPES[name] for name in workload.dtypes or [dtype] * len(shapes)]
         sizes = [math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True)]
@@ -248,7 +248,7 @@ class Gradients:
         for shape, d in zip(shapes, dtypes, strict=True):
             original = torch.randn(shape, generator=generator, device=device).mul_(SIGMA).to(d)
             squares.append(original.double().square().sum())
-            # Nobody reads a parameter, so all its elements share the memory of one.
+            # Parameter values are never read, so all elements share the memory of one.
             parameter = torch.nn.Parameter(torch.zeros((), dtype=d, device=device).expand(shape))
             parameter.grad = original.clone()
             self.originals.append(original)
@@ -256,8 +256,8 @@ class Gradients:
         self.gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = math.sqrt(math.fsum(square.item() for square in squares))
 
-        # The same number of bytes in one piece, for the roofline. Two float32 of 0.01 are, read as
-        # one float64, 5e-19: neither is an infinity, a NaN or a denormal that would cost time.
+        # As many bytes in one contiguous buffer, for the roofline. Two float32 of 0.01 read as one
+        # float64 are 5e-19: neither is infinite, NaN or a denormal, which may take longer.
         self.flat = torch.full((2 * math.ceil(self.bytes / 8),), SIGMA, device=device)
         self.flat_as_float64 = self.flat.view(torch.float64)
 
@@ -269,7 +269,7 @@ class Gradients:
 
 
 class Model:
-    """Parameters of some size in float32, and gradients that can be restored."""
+    """Parameters with values, in float32, whose gradients can be restored."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -287,7 +287,7 @@ class Model:
         """The same numbers in float64."""
         copy = Model.__new__(Model)
         copy.parameters = [torch.nn.Parameter(p.detach().double()) for p in self.parameters]
-        # Rounded already, and so the same; they need not be kept twice.
+        # Already rounded to float32, so the values are the same and one copy will do.
         copy.originals = self.originals
         copy.gradients = [torch.empty_like(p) for p in copy.parameters]
         copy._finish()

@@ -1,18 +1,17 @@
 """Why gradients are clipped: a character-level recurrent network, trained from scratch three times.
 
-The network, its initial values and its training are those of the textbook chapter on recurrent
-networks ("Dive into Deep Learning", RNN implementation from scratch): 512 hidden units, 32
-sequences of 35 characters, plain gradient descent with learning rate 1, gradients clipped to norm
-1. It is trained once without clipping, once with the clipping of torch.nn.utils and once with that
-of gradclip_ext. Everything else is the same in all three runs.
+The network, its initialization and its training follow the textbook chapter on recurrent networks
+("Dive into Deep Learning", RNN implementation from scratch): 512 hidden units, 32 sequences of 35
+characters, plain SGD with learning rate 1, gradients clipped to norm 1. It is trained once without
+clipping, once with torch.nn.utils and once with gradclip_ext. All else is equal in the three runs.
 
     pip install matplotlib tqdm
     python examples/char_rnn.py
 
-The text to learn is Python's own help, so nothing is downloaded. The only departure from the
-textbook is to read 3000 characters of it instead of 10000. The 500 epochs of the textbook then take
-1000 steps, and the three runs about two minutes. With --characters 10000 the training without
-clipping blows up as well, but only after some 1600 steps.
+The training text is Python's own help, so nothing is downloaded. The only departure from the
+textbook is to use 3000 characters instead of 10000, so that its 500 epochs take 1000 steps, and the
+three runs about two minutes. With --characters 10000 training without clipping blows up as well,
+but only after some 1600 steps.
 """
 
 from __future__ import annotations
@@ -39,17 +38,16 @@ SEQUENCE_LENGTH = 35
 LEARNING_RATE = 1.0
 INITIAL_SCALE = 0.01
 
-# Takes parameters and the largest norm that their gradients may have, clips the gradients in place
-# and returns the norm that they had before.
+# Takes parameters and max_norm, clips the gradients in place, returns their norm before clipping.
 ClipFunction = Callable[[Sequence[nn.Parameter], float], Tensor]
 
 
 def read_text(characters: int) -> str:
-    """The first characters of Python's help, as nothing but lowercase letters and single spaces."""
+    """The first characters of Python's help, reduced to lowercase letters and single spaces."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        sys.exit("This Python comes without pydoc_data, whose help texts are the text to learn.")
+        sys.exit("This Python comes without pydoc_data, whose help texts are the training text.")
     everything = " ".join(topics[name] for name in sorted(topics))
     text = re.sub("[^a-z]+", " ", everything.lower()).strip()
     if len(text) < characters:
@@ -60,14 +58,14 @@ def read_text(characters: int) -> str:
 def sequential_batches(
     text: Tensor, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Yields inputs, targets and whether an epoch begins, without end.
+    """Endlessly yields inputs, targets and whether an epoch begins.
 
     The text, of shape (characters,), is cut into as many long rows as a batch has sequences. Each
-    batch continues the rows where the one before it ended, so the network can keep its state.
-    Inputs and targets have the shape (batch, sequence); a target is the character after the input.
+    batch continues the rows where the previous one ended, so that the network can keep its state.
+    Inputs and targets have shape (batch, sequence); a target is the character after the input.
     """
     while True:
-        # Every epoch starts elsewhere, so that the text is not always cut at the same places.
+        # Every epoch starts at another offset, so that the cuts are not always the same.
         offset = int(torch.randint(SEQUENCE_LENGTH, (), generator=generator))
         row_length = (len(text) - offset - 1) // BATCH_SIZE
         end = offset + row_length * BATCH_SIZE
@@ -79,17 +77,17 @@ def sequential_batches(
 
 
 class CharacterRNN(nn.Module):
-    """A recurrent network with one hidden layer, written out; the names are the textbook's.
+    """A recurrent network with one hidden layer, from scratch; the names are the textbook's.
 
-    The state H is a function of the character X and of the state before it, and the scores O for
-    the next character are a function of the state:
+    The state H depends on the character X and the previous state, and the logits O of the next
+    character depend on the state:
 
         H = tanh(X W_xh + H W_hh + b_h)
         O = H W_hq + b_q
     """
 
     def __init__(self, hidden: int, generator: torch.Generator) -> None:
-        """Draws the weights from a normal distribution; the biases start at zero."""
+        """Draws normally distributed weights; the biases start at zero."""
         super().__init__()
 
         def weights(rows: int, columns: int) -> nn.Parameter:
@@ -106,38 +104,38 @@ class CharacterRNN(nn.Module):
         return torch.zeros(batch_size, len(self.b_h))
 
     def forward(self, characters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads characters of shape (batch, sequence), starting in a state (batch, hidden).
+        """Reads characters of shape (batch, sequence) from a state of shape (batch, hidden).
 
-        Returns the scores of every possible next character, of shape (sequence, batch, vocabulary),
-        and the state after the last character.
+        Returns the logits of the next characters, of shape (sequence, batch, vocabulary), and the
+        state after the last character.
         """
-        scores = []
-        # Transposed to (sequence, batch), because the loop goes from character to character.
+        logits = []
+        # Transposed to (sequence, batch), because the loop is over time.
         for one_hot in functional.one_hot(characters.T, len(VOCABULARY)).float():
             state = torch.tanh(one_hot @ self.W_xh + state @ self.W_hh + self.b_h)
-            scores.append(state @ self.W_hq + self.b_q)
-        return torch.stack(scores), state
+            logits.append(state @ self.W_hq + self.b_q)
+        return torch.stack(logits), state
 
     @torch.no_grad()
     def complete(self, prefix: str, length: int) -> str:
-        """Returns the prefix and what the network thinks most likely to follow it."""
+        """Returns the prefix and its greedy continuation."""
         text = prefix
-        scores, state = self(encode(prefix)[None, :], self.initial_state(1))
+        logits, state = self(encode(prefix)[None, :], self.initial_state(1))
         for _ in range(length):
-            likeliest = scores[-1].argmax(dim=1)
+            likeliest = logits[-1].argmax(dim=1)
             text += VOCABULARY[int(likeliest)]
-            scores, state = self(likeliest[None, :], state)
+            logits, state = self(likeliest[None, :], state)
         return text
 
 
 def encode(text: str) -> Tensor:
-    """Returns the places of the characters in the vocabulary, of shape (characters,)."""
+    """Returns the indices of the characters in the vocabulary, of shape (characters,)."""
     return torch.tensor([VOCABULARY.index(character) for character in text])
 
 
 def train(name: str, clip: ClipFunction, text: Tensor, options: argparse.Namespace) -> Run:
     """Trains a new network on the text, of shape (characters,), and returns what was measured."""
-    # The initial values and the order of the data depend on the seed alone: every run has the same.
+    # Initialization and data order depend on the seed alone, so they are the same in every run.
     generator = torch.Generator().manual_seed(options.seed)
     model = CharacterRNN(options.hidden, generator)
     parameters = list(model.parameters())
@@ -145,15 +143,15 @@ def train(name: str, clip: ClipFunction, text: Tensor, options: argparse.Namespa
     run = Run(name)
     start = time.perf_counter()
 
-    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    # disable=None: a bar on a terminal, nothing if the output is redirected.
     progress = tqdm(range(options.steps), desc=name.ljust(14), leave=False, disable=None)
     for _ in progress:
         inputs, targets, epoch_begins = next(batches)
         if epoch_begins:
             state = model.initial_state(BATCH_SIZE)
-        # Without detach, the gradients would flow back through all batches of the epoch.
-        scores, state = model(inputs, state.detach())
-        loss = functional.cross_entropy(scores.flatten(0, 1), targets.T.flatten())
+        # Without detach, gradients would flow back through all batches of the epoch.
+        logits, state = model(inputs, state.detach())
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.T.flatten())
         run.losses.append(loss.item())
         if not math.isfinite(run.losses[-1]):
             break
@@ -176,10 +174,10 @@ def train(name: str, clip: ClipFunction, text: Tensor, options: argparse.Namespa
 
 
 class NoClipping:
-    """Leaves the gradients as they are, and lets the clipping functions clip copies of them.
+    """Leaves the gradients alone, and lets the clipping functions clip copies of them.
 
-    Training makes tiny differences bigger from step to step. Whether a function clips right is
-    better seen when all are given the same gradients, and here those include the huge ones.
+    Training amplifies tiny differences from step to step. Whether a function clips correctly shows
+    better when all are given the same gradients, here including the exploding ones.
     """
 
     def __init__(self, clip_functions: dict[str, ClipFunction]) -> None:
@@ -190,7 +188,7 @@ class NoClipping:
     def __call__(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Returns the norm of the gradients."""
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        # What is not finite or only zeros, no function can clip to the norm that is asked for.
+        # Gradients that are all zero or not finite cannot be scaled to max_norm.
         if norm.isfinite() and norm > 0:
             reference = torch.nn.utils.clip_grad_norm_
             exact = clipped_copies(reference, parameters, max_norm, torch.float64)
@@ -203,7 +201,7 @@ class NoClipping:
 def clipped_copies(
     clip: ClipFunction, parameters: Sequence[nn.Parameter], max_norm: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Clips copies of the gradients; returns them, all in one row, and the norm they had before."""
+    """Clips copies of the gradients; returns them flattened, and their norm before clipping."""
     copies = [nn.Parameter(torch.empty_like(parameter, dtype=dtype)) for parameter in parameters]
     for copy, parameter in zip(copies, parameters, strict=True):
         copy.grad = parameter.grad.to(dtype, copy=True)
@@ -212,7 +210,7 @@ def clipped_copies(
 
 
 def relative_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Returns the largest distance of two tensors, relative to the expected one."""
+    """Returns the largest relative distance of an actual tensor from the expected one."""
     distances = [(a - e).norm() / e.norm() for a, e in zip(actual, expected, strict=True)]
     return torch.stack(distances).max().item()
 
@@ -220,17 +218,17 @@ def relative_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) ->
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description="Trains a character-level recurrent network without clipping, with that of "
-        "torch.nn.utils and with that of gradclip_ext, and compares the three.",
+        description="Trains a character-level recurrent network without clipping, with "
+        "torch.nn.utils and with gradclip_ext, and compares the three.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each run")
-    parser.add_argument("--seed", type=int, default=0, help="for initial values and data order")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps per run")
+    parser.add_argument("--seed", type=int, default=0, help="for initialization and data order")
     parser.add_argument(
-        "--threads", type=int, default=1, help="threads of torch; two pay only on an idle machine"
+        "--threads", type=int, default=1, help="torch threads; two pay off only on an idle machine"
     )
     parser.add_argument("--hidden", type=int, default=512, help="hidden units")
-    parser.add_argument("--max-norm", type=float, default=1.0, help="theta: clip to this norm")
+    parser.add_argument("--max-norm", type=float, default=1.0, help="largest norm allowed")
     parser.add_argument("--characters", type=int, default=3000, help="length of the text")
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="folder for the figure and the numbers"
@@ -239,7 +237,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "threads", "hidden"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} has to be at least 1")
-    # Even the shortest row of an epoch has to hold one sequence.
+    # Even with the largest offset, a row must hold one sequence.
     fewest = BATCH_SIZE * SEQUENCE_LENGTH + SEQUENCE_LENGTH
     if options.characters < fewest:
         parser.error(f"--characters has to be at least {fewest}, to fill a batch")

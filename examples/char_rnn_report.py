@@ -1,4 +1,4 @@
-"""What `char_rnn.py` says about its three runs: a comparison, a table, a figure and a JSON file."""
+"""What `char_rnn.py` reports about its three runs: a table, a figure and a JSON file."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from matplotlib.figure import Figure
 
 import gradclip_ext
 
-# Whether a function clips right is checked on the gradients of every step of the run without
-# clipping, against torch's clipping in float64. Float32 leaves room for about 1e-7.
+# Clipping itself is checked against torch in float64, on the gradients of every step of the run
+# without clipping. The rounding error of float32 is about 1e-7.
 SAME_GRADIENTS_TOLERANCE = 1e-6
 
-# Whether two trainings agree is harder to say. From the first clipped step on they differ by a
-# rounding, and training makes that ten times bigger about every 20 steps: it is the instability
-# that makes the run without clipping blow up. After some 100 steps only the trend of the losses is
-# the same. The same happens to two trainings with torch's clipping, if the clipped gradients of one
-# of them are changed by a factor of 1 + 1e-7. So single losses are compared before that, and over
-# all steps their mean.
+# Whether two training runs agree is harder to say. From the first clipped step on they differ by
+# rounding errors, which grow tenfold about every 20 steps: the same instability makes the run
+# without clipping blow up. After some 100 steps only the trend of the losses is the same. Two runs
+# with torch's clipping behave alike if the clipped gradients of one are multiplied by 1 + 1e-7.
+# So single losses are compared only at first, and the mean loss over all steps.
 COMPARED_STEPS_AFTER_FIRST_CLIP = 10
 LOSS_TOLERANCE = 1e-4
 MEAN_LOSS_TOLERANCE = 2e-2
 
 FINAL_STEPS = 50
 
-# The loss of a single batch jumps too much to see where three curves go.
+# The losses of single batches are too noisy to tell three curves apart.
 SMOOTHED_STEPS = 10
 
-# Of the Okabe-Ito palette, whose colours also differ for the colour-blind.
+# From the Okabe-Ito palette, which is safe for the colour-blind.
 VERMILION, SKY_BLUE, BLACK = "#D55E00", "#56B4E9", "#000000"
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": VERMILION, "linewidth": 1.0, "linestyle": "-"},
     {"color": SKY_BLUE, "linewidth": 3.0, "linestyle": "-"},
-    # Thin and on top, so that the curve below it stays visible where the two agree.
+    # Thin and on top, so that the curve below stays visible where both agree.
     {"color": BLACK, "linewidth": 0.8, "linestyle": "-"},
 )
 
 
 @dataclass
 class Run:
-    """What was measured in one training, step by step."""
+    """The measurements of a training run, step by step."""
 
     name: str
     losses: list[float] = field(default_factory=list)
@@ -58,27 +57,27 @@ class Run:
 
     @property
     def final_perplexity(self) -> float:
-        """e to the mean loss of the last steps: among how many characters the network wavers."""
+        """exp of the mean loss over the last steps."""
         loss = statistics.fmean(self.losses[-FINAL_STEPS:])
-        # Beyond 700, e to the loss is more than a float can hold.
+        # exp would overflow.
         return math.exp(loss) if loss < 700 else math.inf
 
     @property
     def largest_norm(self) -> float:
-        """The largest norm that the gradients had, before clipping."""
+        """The largest gradient norm before clipping."""
         return max(self.gradient_norms, default=math.nan)
 
     @property
     def clip_milliseconds(self) -> float:
-        """The median time of a call of the clipping function."""
+        """The median time of a call to the clipping function."""
         return statistics.median(self.clip_seconds) * 1000
 
     def clipped_share(self, max_norm: float) -> float:
-        """The share of the steps whose gradients were clipped."""
+        """The share of steps whose gradients were clipped."""
         return sum(norm > max_norm for norm in self.gradient_norms) / len(self.gradient_norms)
 
     def blow_up_step(self, loss_limit: float) -> int | None:
-        """The first step whose loss is above the limit or not finite, counted from 1."""
+        """The first step whose loss is above the limit or not finite, counting from 1."""
         for step, loss in enumerate(self.losses, start=1):
             if not loss <= loss_limit:
                 return step
@@ -94,22 +93,22 @@ class Comparison:
     extension: Run
     max_norm: float
     vocabulary_size: int
-    # By the name of the function, how far it was off when it clipped the same gradients.
+    # Relative errors in clipping the same gradients, by the name of the function.
     same_gradients: dict[str, list[float]]
 
     @property
     def runs(self) -> tuple[Run, Run, Run]:
-        """The runs in the order in which they are reported."""
+        """The runs in the order of the report."""
         return self.unclipped, self.reference, self.extension
 
     @property
     def blow_up_loss(self) -> float:
-        """Twice the loss of guessing every character with the same probability."""
+        """Twice the loss of uniform guessing."""
         return 2 * math.log(self.vocabulary_size)
 
     @property
     def compared_steps(self) -> int:
-        """How many steps every loss of the two clipped runs is expected to be the same."""
+        """For how many steps the two clipped runs should have the same losses."""
         for step, norm in enumerate(self.reference.gradient_norms, start=1):
             if norm > self.max_norm:
                 return min(step + COMPARED_STEPS_AFTER_FIRST_CLIP, len(self.reference.losses))
@@ -136,7 +135,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether gradclip_ext did what torch does. Not-a-number is no agreement."""
+        """Whether gradclip_ext did what torch does. NaN counts as disagreement."""
         return (
             largest(self.same_gradients[self.extension.name]) <= SAME_GRADIENTS_TOLERANCE
             and self.loss_difference <= LOSS_TOLERANCE
@@ -145,12 +144,12 @@ class Comparison:
 
 
 def largest(values: list[float]) -> float:
-    """The largest of the values; not-a-number if one of them is, which max() would overlook."""
+    """The largest value, or NaN if there is one, which max() would overlook."""
     return torch.tensor(values, dtype=torch.float64).max().item() if values else math.nan
 
 
 def summary(comparison: Comparison) -> str:
-    """Returns the table of the runs, what they learned to write, and how well they agree."""
+    """Returns the table of the runs, a sample of each, and how well they agree."""
     header = (
         "run",
         "final perplexity",
@@ -196,19 +195,19 @@ def _agreement(comparison: Comparison) -> list[str]:
     off = {name: largest(values) for name, values in comparison.same_gradients.items()}
     compared, all_steps = comparison.compared_steps, len(comparison.reference.losses)
     lines = [
-        "Largest relative error in clipping the same gradients, those of "
+        "Largest relative error in clipping the same gradients, from "
         f"{len(comparison.same_gradients[extension])} steps without clipping:",
         f"  {reference:28} {off[reference]:.1e}",
         f"  {extension:28} {off[extension]:.1e}  (tolerance {SAME_GRADIENTS_TOLERANCE:.0e})",
-        f"Largest relative difference between training with {reference} and with {extension}:",
+        f"Largest relative difference between training with {reference} and {extension}:",
         f"  {f'losses of steps 1 to {compared}':28} {comparison.loss_difference:.1e}"
         f"  (tolerance {LOSS_TOLERANCE:.0e})",
     ]
     if compared < all_steps:
-        # Said too, lest somebody take the line above for the whole truth.
+        # For the reader, because the line above covers the first steps only.
         lines.append(
             f"  {'losses of all steps':28} {comparison.largest_loss_difference():.1e}"
-            "  (not checked: training amplifies rounding)"
+            "  (not checked: training amplifies rounding errors)"
         )
     lines += [
         f"  {'mean loss of all steps':28} {comparison.mean_loss_difference:.1e}"
@@ -259,7 +258,7 @@ def save_json(comparison: Comparison, options: dict[str, Any], path: Path) -> No
 
 
 def _without_nonfinite(value: Any) -> Any:
-    """Replaces what JSON has no notation for by null."""
+    """Replaces NaN and infinities, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -268,8 +267,8 @@ def _without_nonfinite(value: Any) -> Any:
 
 
 def save_figure(comparison: Comparison, path: Path) -> None:
-    """Draws the losses and the gradient norms of all runs over the steps."""
-    # Without pyplot, nothing ever tries to open a window.
+    """Plots losses and gradient norms of all runs against the step."""
+    # Not pyplot, which may try to open a window.
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss_panel, norm_panel = figure.subplots(1, 2)
     for run, style in zip(comparison.runs, STYLES, strict=True):
@@ -280,8 +279,8 @@ def save_figure(comparison: Comparison, path: Path) -> None:
     _finish_panel(loss_panel, f"Loss (mean of {SMOOTHED_STEPS} steps)", "cross-entropy")
     _finish_panel(norm_panel, "Gradient norm (before clipping)", "norm of all gradients")
     _reference_line(loss_panel, math.log(comparison.vocabulary_size), "guessing at random")
-    theta = f"\N{GREEK SMALL LETTER THETA} = {comparison.max_norm:g}, clipped above"
-    _reference_line(norm_panel, comparison.max_norm, theta)
+    threshold = f"max_norm = {comparison.max_norm:g}, clipped above"
+    _reference_line(norm_panel, comparison.max_norm, threshold)
     step = comparison.unclipped.blow_up_step(comparison.blow_up_loss)
     title = "A recurrent network trained with and without gradient clipping"
     if step is not None:
@@ -292,7 +291,7 @@ def save_figure(comparison: Comparison, path: Path) -> None:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Replaces every value by the mean of itself and the values just before it."""
+    """Replaces every value by the mean of itself and the values before it."""
     return [
         statistics.fmean(values[max(0, end - SMOOTHED_STEPS) : end])
         for end in range(1, len(values) + 1)

@@ -1,15 +1,15 @@
 """Watch the gradient norm of every layer while a deep network is trained.
 
-A plain network of 12 layers, without normalization or shortcuts, learns a function of two terms.
-Now and then a batch is broken: its inputs are ten times too large, and so deep a network multiplies
-that to a gradient hundreds of times larger than the others. It is trained twice from the same
-initial values and with the same batches: without clipping, and with the threshold that AutoClip
-finds by itself. A GradClipper measures in both.
+A plain network of 12 layers, without normalization or skip connections, learns a function of two
+terms. Now and then a batch is broken: its inputs are ten times too large, which so deep a network
+amplifies to gradients hundreds of times larger than usual. It is trained twice, with the same
+initialization and the same batches: without clipping, and with AutoClip, which chooses the
+threshold by itself. A GradClipper measures in both runs.
 
     pip install matplotlib tqdm
     python examples/watch_norms.py
 
-The numbers of a step are a flat dict, as loggers take them. For TensorBoard, then for W&B:
+A report is available as a flat dict, as loggers expect. For TensorBoard, then for W&B:
 
     for name, value in clipper.report().as_dict().items():
         writer.add_scalar(name, value, step)
@@ -43,25 +43,25 @@ HIDDEN = 64
 LAYERS = 12
 BATCH_SIZE = 64
 LEARNING_RATE = 0.03
-# The learning rate grows over these steps, without which the first one alone may end a training.
+# Learning rate warm-up, without which the very first step may make training diverge.
 WARM_UP_STEPS = 50
 MOMENTUM = 0.9
 BROKEN_SHARE = 0.02
 BROKEN_SCALE = 10.0
 HELD_OUT = 1000
-# AutoClip's paper takes 10, which clips most steps and learns as well. With the median, those that
-# are clipped are more of an exception, and the figure shows which.
+# AutoClip's paper uses 10, which clips most steps and learns as well. With the median fewer steps
+# are clipped, so that the figure shows which.
 PERCENTILE = 50.0
 
-# The clipped share of so many steps is one point of a curve.
+# Window of the moving share of clipped steps.
 SMOOTHED_STEPS = 25
-# Of the Okabe-Ito palette, whose colours also differ for the colour-blind.
+# From the Okabe-Ito palette, which is safe for the colour-blind.
 VERMILION, SKY_BLUE, BLACK = "#D55E00", "#56B4E9", "#000000"
 
 
 @dataclass
 class Run:
-    """What was seen in one training."""
+    """The measurements of a training run."""
 
     name: str
     reports: list[ClipReport] = field(default_factory=list)
@@ -71,18 +71,18 @@ class Run:
 
     @property
     def total_norms(self) -> list[float]:
-        """The norm of all gradients before clipping, for each step."""
+        """The total norm before clipping, for each step."""
         return [report.total_norm for report in self.reports]
 
     @property
     def clipped(self) -> list[bool]:
-        """Whether a step was clipped; a report counts those up to its own."""
+        """Whether each step was clipped; reports hold cumulative counts."""
         counts = [0, *(report.clipped_steps for report in self.reports)]
         return [now > before for before, now in itertools.pairwise(counts)]
 
     @property
     def first_nonfinite_step(self) -> int | None:
-        """The first step with gradients that are not finite, counted from 1."""
+        """The first step with a non-finite gradient norm, counting from 1."""
         for report in self.reports:
             if report.nonfinite_steps:
                 return report.steps
@@ -90,12 +90,12 @@ class Run:
 
 
 def target(inputs: Tensor) -> Tensor:
-    """What the network has to learn: from (batch, inputs) to (batch, 1), with variance 1.5."""
+    """The function to learn: from (batch, inputs) to (batch, 1), with variance 1.5."""
     return torch.sin(2 * inputs[:, :1]) + inputs[:, 1:2] * inputs[:, 2:3]
 
 
 def make_model(generator: torch.Generator) -> nn.Sequential:
-    """A plain deep network with He's initial values, its layers named from layer01 on."""
+    """A plain deep network with He initialization, its layers named from layer01 on."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, LAYERS + 1):
         layer = nn.Linear(INPUTS if number == 1 else HIDDEN, 1 if number == LAYERS else HIDDEN)
@@ -109,15 +109,15 @@ def make_model(generator: torch.Generator) -> nn.Sequential:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, seed: int) -> float:
-    """The mean squared error on inputs that are neither broken nor trained on."""
+    """The mean squared error on held-out inputs, none of them broken."""
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = torch.randn(HELD_OUT, INPUTS, generator=generator)
     return functional.mse_loss(model(inputs), target(inputs)).item()
 
 
 def train(name: str, rule: AutoClip | float, options: argparse.Namespace) -> Run:
-    """Trains a new network; with ``math.inf`` as the rule the clipper only measures."""
-    # The initial values and the batches depend on the seed alone: every run has the same.
+    """Trains a new network; with ``math.inf`` as the rule, the clipper only measures."""
+    # Initialization and batches depend on the seed alone, so they are the same in every run.
     generator = torch.Generator().manual_seed(options.seed)
     model = make_model(generator)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM)
@@ -127,7 +127,7 @@ def train(name: str, rule: AutoClip | float, options: argparse.Namespace) -> Run
     clipper = GradClipper(model, rule)
     run = Run(name, first_loss=held_out_loss(model, options.seed))
 
-    # disable=None: a bar on a terminal, nothing where the output goes to a file.
+    # disable=None: a bar on a terminal, nothing if the output is redirected.
     for step in tqdm(range(options.steps), desc=name.ljust(11), leave=False, disable=None):
         inputs = torch.randn(BATCH_SIZE, INPUTS, generator=generator)
         wanted = target(inputs)
@@ -139,7 +139,7 @@ def train(name: str, rule: AutoClip | float, options: argparse.Namespace) -> Run
         clipper.clip_()
         optimizer.step()
         warm_up.step()
-        # On a GPU, ask only as often as you look: a report waits for it.
+        # On a GPU, ask only as often as you log: a report is a device sync.
         run.reports.append(clipper.report())
 
     run.final_loss = held_out_loss(model, options.seed)
@@ -148,7 +148,7 @@ def train(name: str, rule: AutoClip | float, options: argparse.Namespace) -> Run
 
 def summary(runs: Sequence[Run]) -> str:
     """The table of the runs."""
-    rows = [("", "loss before", "loss after", "largest norm", "clipped", "not finite")]
+    rows = [("", "initial loss", "final loss", "largest norm", "clipped", "not finite")]
     for run in runs:
         last = run.reports[-1]
         finite = [norm for norm in run.total_norms if math.isfinite(norm)]
@@ -171,8 +171,8 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def save_figure(unclipped: Run, clipped: Run, path: Path) -> None:
-    """Draws the norm of each layer, of all, the threshold and the clipped share over the steps."""
-    # Without pyplot, nothing ever tries to open a window.
+    """Plots the norm per parameter, the total norm, the threshold and the clipped share."""
+    # Not pyplot, which may try to open a window.
     figure = Figure(figsize=(11, 9.5), layout="constrained")
     heat, total, share = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 1.6))
     _draw_layers(figure, heat, clipped)
@@ -187,19 +187,19 @@ def save_figure(unclipped: Run, clipped: Run, path: Path) -> None:
 
 def _title(unclipped: Run) -> str:
     step = unclipped.first_nonfinite_step
-    without = "stays finite" if step is None else f"is not finite from step {step} on"
+    without = "stays finite" if step is None else f"turns non-finite at step {step}"
     return f"Gradient norms of a deep plain network; without clipping, training {without}"
 
 
 def _draw_layers(figure: Figure, panel: Axes, run: Run) -> None:
-    """One row for each parameter: the weights, the first layer on top, and below the biases."""
+    """One row per parameter: the weights, the first layer on top, then the biases."""
     names = run.reports[-1].names
-    # As they come, the two kinds would alternate, and only stripes be seen.
+    # In model order weights and biases alternate, which shows as stripes.
     order = sorted(range(len(names)), key=lambda index: names[index].endswith("bias"))
     norms = torch.tensor([report.norms for report in run.reports], dtype=torch.float64).T[order]
-    # A logarithmic scale has no place for the others, which stay grey.
+    # The others, which a logarithmic scale cannot show, stay grey.
     shown = norms[norms.isfinite() & (norms > 0)]
-    # The few smallest would take up half of the scale.
+    # The few smallest would use up half of the scale.
     low, high = shown.quantile(0.03).item(), shown.max().item()
     rows, steps = norms.shape
     image = panel.imshow(
@@ -217,7 +217,7 @@ def _draw_layers(figure: Figure, panel: Axes, run: Run) -> None:
     panel.set_title(
         "Norm of each gradient with AutoClip, before clipping (log scale)", loc="left", fontsize=11
     )
-    # Where the other panels have their legends.
+    # In line with the legends of the other panels.
     figure.colorbar(image, cax=panel.inset_axes((1.02, 0.0, 0.025, 1.0)), extend="min")
 
 
@@ -235,7 +235,7 @@ def _draw_total(panel: Axes, unclipped: Run, clipped: Run) -> None:
     panel.plot(steps, limits, color=BLACK, linewidth=1.4, label="threshold")
     panel.set_yscale("log")
     finite = [norm for norm in clipped.total_norms if math.isfinite(norm) and norm > 0]
-    # What explodes or vanishes leaves the panel, or nothing else would be seen in it.
+    # Exploding and vanishing norms leave the panel, to keep the rest readable.
     panel.set_ylim(min(finite) / 10, max(finite) * 10)
     for index, step in enumerate(clipped.broken_steps):
         panel.axvline(
@@ -245,8 +245,8 @@ def _draw_total(panel: Axes, unclipped: Run, clipped: Run) -> None:
             linewidth=2,
             label=None if index else "broken batch",
         )
-    panel.set_title("Norm of all gradients, before clipping (log scale)", loc="left", fontsize=11)
-    # Beside the panel, since curves may be anywhere in it.
+    panel.set_title("Total norm, before clipping (log scale)", loc="left", fontsize=11)
+    # Next to the panel, since curves may be anywhere in it.
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     _finish_panel(panel)
 
@@ -259,10 +259,10 @@ def _draw_share(panel: Axes, run: Run) -> None:
         window = clipped[max(0, end - SMOOTHED_STEPS) : end]
         recent.append(100 * sum(window) / len(window))
     so_far = [100 * report.clipped_steps / report.steps for report in run.reports]
-    panel.plot(steps, recent, color=SKY_BLUE, linewidth=1.2, label=f"of the last {SMOOTHED_STEPS}")
-    panel.plot(steps, so_far, color=BLACK, linewidth=1.4, label="of all so far")
+    panel.plot(steps, recent, color=SKY_BLUE, linewidth=1.2, label=f"last {SMOOTHED_STEPS} steps")
+    panel.plot(steps, so_far, color=BLACK, linewidth=1.4, label="all steps so far")
     panel.set_ylim(0, 100)
-    panel.set_title("Steps that were clipped, in percent", loc="left", fontsize=11)
+    panel.set_title("Clipped steps, in percent", loc="left", fontsize=11)
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     _finish_panel(panel)
 
@@ -279,8 +279,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "of every layer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=500, help="training steps of each run")
-    parser.add_argument("--seed", type=int, default=1, help="for initial values and batches")
+    parser.add_argument("--steps", type=int, default=500, help="training steps per run")
+    parser.add_argument("--seed", type=int, default=1, help="for initialization and batches")
     parser.add_argument(
         "--output", type=Path, default=Path("build/watch_norms/watch_norms.png"), help="the figure"
     )
@@ -293,7 +293,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains twice, prints the table and saves the figure."""
     options = parse_arguments(arguments)
-    # A network this small is faster with one.
+    # A network this small is faster with one thread.
     torch.set_num_threads(1)
     unclipped = train("no clipping", math.inf, options)
     clipped = train("AutoClip", AutoClip(PERCENTILE), options)
