@@ -1,6 +1,6 @@
 """Times GradClipper, grad_norms and the adaptive rules against the same written by hand in torch.
 
-    python bench/clipper.py                            # every workload, minutes
+    python bench/clipper.py                            # the default workloads, minutes
     python bench/clipper.py --workloads lstm --seconds 0.5
     python bench/clipper.py --device cuda
 
