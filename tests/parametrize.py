@@ -7,7 +7,7 @@ import reference as ref
 
 by_dtype = pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES + ref.COMPLEX_DTYPES, ids=ref.name_of)
 by_native_dtype = pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
-by_order = pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda order: f"L{order:g}")
+by_norm_type = pytest.mark.parametrize("norm_type", ref.NATIVE_NORM_TYPES, ids=lambda p: f"L{p:g}")
 by_foreach = pytest.mark.parametrize(
     "foreach", [None, False, True], ids=lambda value: f"foreach={value}"
 )

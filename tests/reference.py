@@ -14,7 +14,7 @@ from torch import Tensor
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
-NATIVE_ORDERS = (1.0, 2.0, math.inf)
+NATIVE_NORM_TYPES = (1.0, 2.0, math.inf)
 # Older releases break the graph in torch.nn.utils' own clipping and cannot trace everything.
 WITHOUT_GRAPH_BREAKS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 
@@ -58,18 +58,18 @@ def widened(tensor: Tensor) -> Tensor:
     return values.to(torch.complex128 if values.is_complex() else torch.float64, copy=True)
 
 
-def reference_norm(tensors: Sequence[Tensor], order: float) -> float:
+def reference_norm(tensors: Sequence[Tensor], norm_type: float) -> float:
     """The norm of all values together, in float64 with exact summation."""
     magnitudes = torch.cat([widened(tensor).abs().flatten() for tensor in tensors])
     if magnitudes.isnan().any():
         return math.nan
     if magnitudes.numel() == 0:
         return 0.0
-    if order == math.inf:
+    if norm_type == math.inf:
         return magnitudes.max().item()
-    if order == 1.0:
+    if norm_type == 1.0:
         return math.fsum(magnitudes.tolist())
-    assert order == 2.0
+    assert norm_type == 2.0
     # Squares of float64 values may overflow; scaling by a power of two is exact.
     largest = magnitudes.max().item()
     if largest == 0.0 or math.isinf(largest):
@@ -93,9 +93,9 @@ def ulp(value: float, dtype: torch.dtype) -> float:
     return max(2.0 ** (math.frexp(value)[1] - digits), info.smallest_normal * info.eps)
 
 
-def assert_norm(norm: Tensor, tensors: Sequence[Tensor], order: float) -> None:
+def assert_norm(norm: Tensor, tensors: Sequence[Tensor], norm_type: float) -> None:
     """The norm is within NORM_ULPS of the reference, infinite where its dtype cannot hold it."""
-    expected = reference_norm(tensors, order)
+    expected = reference_norm(tensors, norm_type)
     found = norm.item()
     if math.isnan(expected):
         assert math.isnan(found), f"expected NaN, found {found}"

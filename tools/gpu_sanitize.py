@@ -20,7 +20,7 @@ def gradients(sizes: list[int]) -> list[torch.Tensor]:
     return result
 
 
-def check(sizes: list[int], order: float, count: int) -> None:
+def check(sizes: list[int], norm_type: float, count: int) -> None:
     """Clips a list, in which the first gradient stands `count` times, and looks at the numbers."""
     found = gradients(sizes)
     parameters = []
@@ -29,8 +29,8 @@ def check(sizes: list[int], order: float, count: int) -> None:
         parameter.grad = gradient
         parameters.append(parameter)
     total = sum(sizes) + (count - 1) * sizes[0]
-    expected = {1.0: 0.5 * total, 2.0: 0.5 * math.sqrt(total), math.inf: 0.5}[order]
-    norm = gradclip_ext.clip_grad_norm_(parameters, expected / 2, order, dtype=torch.float64)
+    expected = {1.0: 0.5 * total, 2.0: 0.5 * math.sqrt(total), math.inf: 0.5}[norm_type]
+    norm = gradclip_ext.clip_grad_norm_(parameters, expected / 2, norm_type, dtype=torch.float64)
     assert math.isclose(norm.item(), expected, rel_tol=1e-14), (norm.item(), expected)
     for i, gradient in enumerate(found):
         times = count if i == 0 else 1
@@ -42,9 +42,9 @@ def check(sizes: list[int], order: float, count: int) -> None:
 
 
 if __name__ == "__main__":
-    for order in (2.0, 1.0, math.inf):
-        check([5, 33, 1000, 77], order, 1)
-        check([100_000, 3, 40_000, 70_001, 9], order, 2)
-        check([37] * 300, order, 1)
+    for norm_type in (2.0, 1.0, math.inf):
+        check([5, 33, 1000, 77], norm_type, 1)
+        check([100_000, 3, 40_000, 70_001, 9], norm_type, 2)
+        check([37] * 300, norm_type, 1)
     torch.cuda.synchronize()
     print("all values right")

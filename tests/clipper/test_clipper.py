@@ -9,7 +9,7 @@ import pytest
 import reference as ref
 import torch
 from models import assert_gradients, clipped, gradients_of, make_model, set_gradients
-from parametrize import by_order
+from parametrize import by_norm_type
 from torch import nn
 
 import gradclip_ext
@@ -39,12 +39,12 @@ class TestClip:
             assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
             assert_gradients(ours, [gradient.double() for gradient in gradients_of(theirs)])
 
-    @by_order
-    def test_orders(self, order):
+    @by_norm_type
+    def test_orders(self, norm_type):
         model = make_model()
         before = copy.deepcopy(gradients_of(model))
-        norm = GradClipper(model, 0.5, norm_type=order).clip_()
-        expected = ref.reference_norm(before, order)
+        norm = GradClipper(model, 0.5, norm_type=norm_type).clip_()
+        expected = ref.reference_norm(before, norm_type)
         assert norm.item() == pytest.approx(expected, rel=1e-6)
         assert_gradients(model, clipped(before, ref.reference_coefficient(0.5, expected)))
 
@@ -85,9 +85,9 @@ class TestClip:
         coefficient = ref.reference_coefficient(0.5, total)
         assert_gradients(model, [gradient * coefficient for gradient in expected])
 
-    @by_order
+    @by_norm_type
     @pytest.mark.parametrize("dtype", [*ref.NATIVE_DTYPES, torch.complex64], ids=ref.name_of)
-    def test_weight_decay_in_one_pass(self, dtype, order):
+    def test_weight_decay_in_one_pass(self, dtype, norm_type):
         # Around the borders of a run and of a worker, with none and with an empty gradient between.
         shapes = [(300, 700), (5,), (0,), (129, 100), (1,), (90_001,), (17, 3)]
         gradients = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
@@ -98,10 +98,10 @@ class TestClip:
             parameters[-1].grad = gradient.clone()
         parameters.insert(3, nn.Parameter(torch.ones(4)))
         versions = [p.grad._version for p in parameters if p.grad is not None]
-        norm = GradClipper(parameters, math.inf, norm_type=order, weight_decay=0.1).clip_()
+        norm = GradClipper(parameters, math.inf, norm_type=norm_type, weight_decay=0.1).clip_()
         after = [parameter.grad for parameter in parameters if parameter.grad is not None]
         assert all(g._version > v for g, v in zip(after, versions, strict=True))
-        assert norm.item() == pytest.approx(ref.reference_norm(after, order), rel=2e-7)
+        assert norm.item() == pytest.approx(ref.reference_norm(after, norm_type), rel=2e-7)
         for found, gradient, value in zip(after, gradients, values, strict=True):
             expected = ref.widened(gradient) + 0.1 * ref.widened(value)
             # Two roundings of the sum, whose parts may cancel, to the dtype or to float32.

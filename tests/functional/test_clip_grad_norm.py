@@ -13,7 +13,7 @@ from parametrize import (
     by_foreach,
     by_layout,
     by_native_dtype,
-    by_order,
+    by_norm_type,
 )
 from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, name_of
 
@@ -22,12 +22,14 @@ import gradclip_ext
 ALL_DTYPES = NATIVE_DTYPES + COMPLEX_DTYPES
 
 
-def check_clip(gradients, max_norm, order=2.0, foreach=None):
+def check_clip(gradients, max_norm, norm_type=2.0, foreach=None):
     """Clip, compare norm and every element with the reference; returns the norm."""
     before = [ref.widened(gradient) for gradient in gradients]
-    expected = ref.reference_norm(gradients, order)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, order, foreach=foreach)
-    ref.assert_norm(norm, before, order)
+    expected = ref.reference_norm(gradients, norm_type)
+    norm = gradclip_ext.clip_grad_norm_(
+        ref.parameters(gradients), max_norm, norm_type, foreach=foreach
+    )
+    ref.assert_norm(norm, before, norm_type)
     coefficient = ref.reference_coefficient(max_norm, expected)
     for gradient, original in zip(gradients, before, strict=True):
         ref.assert_scaled(gradient, original, coefficient)
@@ -35,25 +37,25 @@ def check_clip(gradients, max_norm, order=2.0, foreach=None):
 
 
 @by_foreach
-@by_order
+@by_norm_type
 @by_dtype
-def test_clips_a_small_model(dtype, order, foreach):
+def test_clips_a_small_model(dtype, norm_type, foreach):
     shapes = [(4, 3), (3,), (), (5, 2, 2), (0,), (1,)]
     gradients = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
-    norm = check_clip(gradients, 0.5, order, foreach)
+    norm = check_clip(gradients, 0.5, norm_type, foreach)
     assert norm.dtype == dtype.to_real()
     assert norm.shape == ()
     assert not norm.requires_grad
 
 
-@by_order
+@by_norm_type
 @by_dtype
-def test_agrees_with_torch(dtype, order):
+def test_agrees_with_torch(dtype, norm_type):
     shapes = [(40, 30), (30,), (7, 5, 3), (1,)]
     ours = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
     theirs = ref.copies(ours)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 0.7, order)
-    torch_norm = torch.nn.utils.clip_grad_norm_(ref.parameters(theirs), 0.7, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 0.7, norm_type)
+    torch_norm = torch.nn.utils.clip_grad_norm_(ref.parameters(theirs), 0.7, norm_type)
     tolerance = ref.TORCH_TOLERANCE[dtype]
     assert norm.dtype == torch_norm.dtype
     torch.testing.assert_close(norm, torch_norm, rtol=tolerance, atol=0)
@@ -61,21 +63,21 @@ def test_agrees_with_torch(dtype, order):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=1e-7)
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
 @by_border_size
-def test_sizes_at_the_borders(size, dtype, order):
-    check_clip([ref.random_gradient((size,), dtype, seed=size)], 0.25, order)
+def test_sizes_at_the_borders(size, dtype, norm_type):
+    check_clip([ref.random_gradient((size,), dtype, seed=size)], 0.25, norm_type)
 
 
-@by_order
+@by_norm_type
 @by_dtype
 @by_layout
-def test_layouts(layout, dtype, order):
+def test_layouts(layout, dtype, norm_type):
     make = LAYOUTS[layout]
     gradients = [make(ref.random_gradient((6, 10), dtype, seed)) for seed in range(3)]
     bases = [gradient._base for gradient in gradients]
-    check_clip(gradients, 0.5, order)
+    check_clip(gradients, 0.5, norm_type)
     for base in bases:
         if base is not None and (base == 768.0).any():
             gaps = base.numel() - 60
@@ -91,11 +93,11 @@ def test_unaligned_views(dtype, offset):
     assert torch.equal(storage[:offset], untouched)
 
 
-@by_order
-def test_mixed_dtypes_in_one_call(order):
+@by_norm_type
+def test_mixed_dtypes_in_one_call(norm_type):
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16]
     gradients = [ref.random_gradient((300 + i,), d, seed=i) for i, d in enumerate(dtypes)]
-    norm = check_clip(gradients, 1.0, order)
+    norm = check_clip(gradients, 1.0, norm_type)
     assert norm.dtype == torch.float64
 
 
@@ -117,13 +119,13 @@ def test_result_dtype_is_torchs(dtypes, expected):
     assert gradclip_ext.get_total_norm([g[::2] for g in gradients]).dtype == expected
 
 
-@by_order
+@by_norm_type
 @by_dtype
-def test_quiet_call_leaves_every_bit(dtype, order):
+def test_quiet_call_leaves_every_bit(dtype, norm_type):
     gradients = [ref.random_gradient((50, 3), dtype, seed) for seed in range(3)]
     copies = ref.copies(gradients)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1e4, order)
-    ref.assert_norm(norm, copies, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1e4, norm_type)
+    ref.assert_norm(norm, copies, norm_type)
     for gradient, copy in zip(gradients, copies, strict=True):
         assert torch.equal(gradient, copy)
 
@@ -147,17 +149,17 @@ def test_quiet_call_does_not_write():
     assert libc.mprotect(address, ctypes.c_size_t(4096 * 4), 3) == 0
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
 @pytest.mark.parametrize("position", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_non_finite_values_propagate_as_in_torch(value, position, dtype, order):
+def test_non_finite_values_propagate_as_in_torch(value, position, dtype, norm_type):
     index = {"first": 0, "middle": 4100, "last": 9000 - 1}[position]
     gradients = [ref.random_gradient((9000,), dtype, seed) for seed in range(3)]
     gradients[1][index] = value
     theirs = ref.copies(gradients)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, order)
-    torch.nn.utils.clip_grad_norm_(ref.parameters(theirs), 1.0, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, norm_type)
+    torch.nn.utils.clip_grad_norm_(ref.parameters(theirs), 1.0, norm_type)
     if math.isnan(value):
         assert math.isnan(norm.item())
         assert all(gradient.isnan().all() for gradient in gradients)
@@ -190,17 +192,17 @@ def test_any_finite_magnitude(magnitude, dtype):
         ref.assert_scaled(gradient, original, ref.reference_coefficient(max_norm, expected))
 
 
-@by_order
+@by_norm_type
 @pytest.mark.parametrize("small, large", [(0.0, 1e-30), (1e-22, 1e-17), (1e-25, 1.0), (1e-3, 1e19)])
-def test_few_large_values_among_many_small_ones(small, large, order):
+def test_few_large_values_among_many_small_ones(small, large, norm_type):
     # Each alone at every place of a step of the kernels, and in a list longer than a tile.
     for place in (0, 1, 17, 63, 64, 300, 999):
         gradient = torch.full((1000,), small)
         gradient[place] = large
-        ref.assert_norm(gradclip_ext.get_total_norm([gradient], order), [gradient], order)
+        ref.assert_norm(gradclip_ext.get_total_norm([gradient], norm_type), [gradient], norm_type)
     gradients = [torch.full((20_000,), small) for _ in range(3)]
     gradients[1][12_345] = large
-    ref.assert_norm(gradclip_ext.get_total_norm(gradients, order), gradients, order)
+    ref.assert_norm(gradclip_ext.get_total_norm(gradients, norm_type), gradients, norm_type)
 
 
 def test_norm_beyond_float32_still_scales_right():
@@ -234,17 +236,17 @@ def test_float16_norm_overflow_returns_inf_and_clips_right():
     assert gradients[0][0].item() == pytest.approx(0.01, rel=2**-10)
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
-def test_all_equal_values(dtype, order):
+def test_all_equal_values(dtype, norm_type):
     # Equal values make every rounding error point the same way; random ones hide it.
     values = [0.1, 1.0 / 3.0, 1.7, *(ref.random_gradient((20,)).abs() + 0.5).tolist()]
     for size in (1000, 4096, 20_003):
         for value in values:
             gradient = torch.full((size,), value, dtype=torch.float64).to(dtype)
             for result in (None, torch.float32, torch.float64):
-                norm = gradclip_ext.get_total_norm(gradient, order, dtype=result)
-                ref.assert_norm(norm, [gradient], order)
+                norm = gradclip_ext.get_total_norm(gradient, norm_type, dtype=result)
+                ref.assert_norm(norm, [gradient], norm_type)
 
 
 def test_bfloat16_coefficient_is_not_rounded_to_bfloat16():
@@ -268,25 +270,27 @@ def test_dtype_argument_keeps_what_bfloat16_would_round():
     assert third.item() == pytest.approx(10.0, rel=1e-12)
 
 
-@pytest.mark.parametrize("order", [0, 0.5, 1.5, 3, 4, -1, -2, -math.inf], ids=lambda p: f"L{p:g}")
+@pytest.mark.parametrize(
+    "norm_type", [0, 0.5, 1.5, 3, 4, -1, -2, -math.inf], ids=lambda p: f"L{p:g}"
+)
 @by_foreach
-def test_other_orders_are_torchs_result_for_result(order, foreach):
+def test_other_orders_are_torchs_result_for_result(norm_type, foreach):
     ours = [ref.random_gradient((20, 5), torch.float32, seed) for seed in range(3)]
     theirs = ref.copies(ours)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 0.01, order, foreach=foreach)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 0.01, norm_type, foreach=foreach)
     torch_norm = torch.nn.utils.clip_grad_norm_(
-        ref.parameters(theirs), 0.01, order, foreach=foreach
+        ref.parameters(theirs), 0.01, norm_type, foreach=foreach
     )
     assert torch.equal(norm, torch_norm)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("order", ["inf", 2, 1, True, math.inf], ids=repr)
-def test_order_may_be_anything_float_reads(order):
+@pytest.mark.parametrize("norm_type", ["inf", 2, 1, True, math.inf], ids=repr)
+def test_order_may_be_anything_float_reads(norm_type):
     gradient = ref.random_gradient((10,))
-    expected = torch.nn.utils.get_total_norm([gradient], order)
-    torch.testing.assert_close(gradclip_ext.get_total_norm([gradient], order), expected)
+    expected = torch.nn.utils.get_total_norm([gradient], norm_type)
+    torch.testing.assert_close(gradclip_ext.get_total_norm([gradient], norm_type), expected)
 
 
 def test_no_gradients():
@@ -298,21 +302,21 @@ def test_no_gradients():
     assert gradclip_ext.clip_grad_value_([], 1.0) is None
 
 
-@by_order
-def test_only_empty_gradients(order):
+@by_norm_type
+def test_only_empty_gradients(norm_type):
     gradients = [torch.empty(0), torch.empty(3, 0, dtype=torch.float64)]
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), 1.0, norm_type)
     assert norm.item() == 0.0
     assert norm.dtype == torch.float64
 
 
-@pytest.mark.parametrize("order", [2.0, math.inf, 3.0, -2.0, 0.0], ids=lambda p: f"L{p:g}")
-def test_empty_gradients_contribute_nothing(order):
+@pytest.mark.parametrize("norm_type", [2.0, math.inf, 3.0, -2.0, 0.0], ids=lambda p: f"L{p:g}")
+def test_empty_gradients_contribute_nothing(norm_type):
     filled = [ref.random_gradient((9,), seed=seed) for seed in range(3)]
     with_empty = [torch.empty(0), filled[0], torch.empty(2, 0), filled[1], filled[2]]
     with_empty.append(torch.empty(0, dtype=torch.float64))
-    expected = torch.nn.utils.get_total_norm(filled, order)
-    norm = gradclip_ext.get_total_norm(with_empty, order)
+    expected = torch.nn.utils.get_total_norm(filled, norm_type)
+    norm = gradclip_ext.get_total_norm(with_empty, norm_type)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -366,8 +370,8 @@ def test_views_that_overlap_partly_are_scaled_one_after_another():
 
 
 @pytest.mark.parametrize("coalesced", [True, False], ids=["coalesced", "uncoalesced"])
-@by_order
-def test_sparse_gradients(coalesced, order):
+@by_norm_type
+def test_sparse_gradients(coalesced, norm_type):
     indices = torch.tensor([[0, 2, 2], [1, 0, 0]])
     sparse = torch.sparse_coo_tensor(
         indices, torch.tensor([3.0, 1.0, 3.0]), (3, 4), check_invariants=True
@@ -375,10 +379,10 @@ def test_sparse_gradients(coalesced, order):
     if coalesced:
         sparse = sparse.coalesce()
     dense = torch.tensor([12.0])
-    expected = ref.reference_norm([torch.tensor([3.0, 4.0, 12.0])], order)
+    expected = ref.reference_norm([torch.tensor([3.0, 4.0, 12.0])], norm_type)
     weight = torch.nn.Parameter(torch.zeros(3, 4))
     weight.grad = sparse
-    norm = gradclip_ext.clip_grad_norm_([weight, ref.parameter(dense)], expected / 2, order)
+    norm = gradclip_ext.clip_grad_norm_([weight, ref.parameter(dense)], expected / 2, norm_type)
     assert norm.item() == expected
     assert weight.grad is sparse
     assert sparse.to_dense()[0, 1].item() == pytest.approx(1.5, rel=1e-6)

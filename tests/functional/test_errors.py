@@ -190,16 +190,16 @@ def test_tensor_argument_of_several_elements():
 
 
 TORCHS_TEXT = (
-    "The total norm of order {order} for gradients from `parameters` is non-finite, so it cannot "
-    "be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-    "`error_if_nonfinite=False`"
+    "The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it "
+    "cannot be clipped. To disable this error and scale the gradients by the non-finite norm "
+    "anyway, set `error_if_nonfinite=False`"
 )
 
 
 class TestErrorIfNonfinite:
-    @pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 3.0], ids=lambda p: f"L{p:g}")
+    @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf, 3.0], ids=lambda p: f"L{p:g}")
     @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-    def test_text_begins_with_torchs_and_names_the_culprit(self, value, order):
+    def test_text_begins_with_torchs_and_names_the_culprit(self, value, norm_type):
         def make():
             bad = torch.ones(5, 4)
             bad[2, 1] = value
@@ -207,10 +207,10 @@ class TestErrorIfNonfinite:
 
         ours = make()
         with pytest.raises(RuntimeError) as caught:
-            gradclip_ext.clip_grad_norm_(ours, 1.0, order, error_if_nonfinite=True)
+            gradclip_ext.clip_grad_norm_(ours, 1.0, norm_type, error_if_nonfinite=True)
         with pytest.raises(RuntimeError) as torchs:
-            torch.nn.utils.clip_grad_norm_(make(), 1.0, order, error_if_nonfinite=True)
-        assert str(torchs.value) == TORCHS_TEXT.format(order=order)
+            torch.nn.utils.clip_grad_norm_(make(), 1.0, norm_type, error_if_nonfinite=True)
+        assert str(torchs.value) == TORCHS_TEXT.format(norm_type=norm_type)
         assert str(caught.value) == (
             str(torchs.value) + ". The first of 2 non-finite gradients (out of 3) is that of "
             "parameters[2].grad of shape (5, 4)."
@@ -225,7 +225,7 @@ class TestErrorIfNonfinite:
             gradclip_ext.get_total_norm(
                 [torch.ones(3), torch.tensor([[math.nan]])], error_if_nonfinite=True
             )
-        assert str(caught.value) == TORCHS_TEXT.format(order=2.0) + (
+        assert str(caught.value) == TORCHS_TEXT.format(norm_type=2.0) + (
             ". The first of 1 non-finite gradients (out of 2) is that of tensors[1] of shape "
             "(1, 1)."
         )

@@ -202,12 +202,12 @@ class TestMaxNorm:
 class TestSharedMemory:
     """Each occurrence is scaled, whichever way it takes."""
 
-    @pytest.mark.parametrize("order", [2.0, 3.0], ids=["native order", "torch's order"])
-    def test_a_strided_view_twice(self, order):
+    @pytest.mark.parametrize("norm_type", [2.0, 3.0], ids=["native order", "torch's order"])
+    def test_a_strided_view_twice(self, norm_type):
         ours, theirs = torch.ones(8), torch.ones(8)
         mine, other = ref.Holder(ours[::2]), ref.Holder(theirs[::2])
-        gradclip_ext.clip_grad_norm_([mine, mine], 1.0, order)
-        torch.nn.utils.clip_grad_norm_([other, other], 1.0, order)
+        gradclip_ext.clip_grad_norm_([mine, mine], 1.0, norm_type)
+        torch.nn.utils.clip_grad_norm_([other, other], 1.0, norm_type)
         torch.testing.assert_close(ours, theirs)
 
     def test_a_whole_and_a_strided_view_of_it(self):

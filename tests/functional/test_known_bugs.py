@@ -7,21 +7,23 @@ import math
 import pytest
 import reference as ref
 import torch
-from parametrize import by_native_dtype, by_order
+from parametrize import by_native_dtype, by_norm_type
 
 import gradclip_ext
 
 
-def norm_of(*gradients, order=2.0):
-    return gradclip_ext.get_total_norm(list(gradients), order).item()
+def norm_of(*gradients, norm_type=2.0):
+    return gradclip_ext.get_total_norm(list(gradients), norm_type).item()
 
 
-@by_order
-def test_a_trailing_empty_tensor_does_not_drop_the_last_gradient(order):
-    expected = norm_of(torch.full((3,), 2.0), order=order)
-    assert norm_of(torch.full((3,), 2.0), torch.empty(0), order=order) == expected
+@by_norm_type
+def test_a_trailing_empty_tensor_does_not_drop_the_last_gradient(norm_type):
+    expected = norm_of(torch.full((3,), 2.0), norm_type=norm_type)
+    assert norm_of(torch.full((3,), 2.0), torch.empty(0), norm_type=norm_type) == expected
     gradient = torch.full((3,), 2.0)
-    gradclip_ext.clip_grad_norm_(ref.parameters([gradient, torch.empty(0)]), expected / 2, order)
+    gradclip_ext.clip_grad_norm_(
+        ref.parameters([gradient, torch.empty(0)]), expected / 2, norm_type
+    )
     assert gradient.tolist() == pytest.approx([1.0] * 3, rel=1e-6)
 
 
@@ -62,7 +64,7 @@ def test_more_elements_than_a_32_bit_integer_counts():
     sparse_memory[0] = 3.0
     sparse_memory[-1] = 4.0
     assert norm_of(sparse_memory) == 5.0
-    assert norm_of(sparse_memory, order=math.inf) == 4.0
+    assert norm_of(sparse_memory, norm_type=math.inf) == 4.0
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
@@ -80,9 +82,9 @@ def test_nan_is_not_dropped_by_the_infinity_norm(position):
         gradient = torch.full((1000,), 5.0, dtype=dtype)
         gradient[position] = math.nan
         other = torch.full((3,), math.inf, dtype=dtype)
-        assert math.isnan(norm_of(gradient, order=math.inf))
-        assert math.isnan(norm_of(gradient, other, order=math.inf))
-        assert math.isnan(norm_of(other, gradient, order=math.inf))
+        assert math.isnan(norm_of(gradient, norm_type=math.inf))
+        assert math.isnan(norm_of(gradient, other, norm_type=math.inf))
+        assert math.isnan(norm_of(other, gradient, norm_type=math.inf))
 
 
 def test_a_quiet_call_with_an_infinite_max_norm_makes_no_nan():

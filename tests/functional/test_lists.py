@@ -7,7 +7,7 @@ import math
 import pytest
 import reference as ref
 import torch
-from parametrize import by_native_dtype, by_order
+from parametrize import by_native_dtype, by_norm_type
 
 import gradclip_ext
 
@@ -16,21 +16,21 @@ def gradients_of(shapes, dtype=torch.float32):
     return [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
 
 
-def check_clip(gradients, max_norm, order=2.0):
+def check_clip(gradients, max_norm, norm_type=2.0):
     before = [ref.widened(gradient) for gradient in gradients]
-    expected = ref.reference_norm(before, order)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, order)
-    ref.assert_norm(norm, before, order)
+    expected = ref.reference_norm(before, norm_type)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, norm_type)
+    ref.assert_norm(norm, before, norm_type)
     coefficient = ref.reference_coefficient(max_norm, expected)
     for gradient, original in zip(gradients, before, strict=True):
         ref.assert_scaled(gradient, original, coefficient)
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
 @pytest.mark.parametrize("count", [1, 39, 40, 41, 190, 191])
-def test_lists_of_any_length(count, dtype, order):
-    check_clip(gradients_of([(7 + 3 * (i % 11),) for i in range(count)], dtype), 0.5, order)
+def test_lists_of_any_length(count, dtype, norm_type):
+    check_clip(gradients_of([(7 + 3 * (i % 11),) for i in range(count)], dtype), 0.5, norm_type)
 
 
 @pytest.mark.parametrize("count", [1600, 1601, 5000])
@@ -38,21 +38,21 @@ def test_lists_of_several_launches(count):
     check_clip(gradients_of([(7 + 3 * (i % 11),) for i in range(count)]), 0.5)
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
-def test_more_tiles_than_workers(dtype, order):
-    check_clip(gradients_of([(300_001,), (5,), (200, 1_000), (77_777,)], dtype), 0.5, order)
+def test_more_tiles_than_workers(dtype, norm_type):
+    check_clip(gradients_of([(300_001,), (5,), (200, 1_000), (77_777,)], dtype), 0.5, norm_type)
 
 
-@by_order
-def test_mixed_dtypes(order):
+@by_norm_type
+def test_mixed_dtypes(norm_type):
     gradients = [
         gradient
         for seed in range(3)
         for dtype in ref.NATIVE_DTYPES
         for gradient in gradients_of([(200 + seed, 101)], dtype)
     ]
-    check_clip(gradients, 0.5, order)
+    check_clip(gradients, 0.5, norm_type)
 
 
 def test_the_same_gradient_many_times():

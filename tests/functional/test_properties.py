@@ -35,15 +35,15 @@ def gradient(draw):
 @settings(max_examples=150, deadline=None)
 @given(
     gradients=st.lists(gradient(), min_size=1, max_size=12),
-    order=st.sampled_from(ref.NATIVE_ORDERS),
+    norm_type=st.sampled_from(ref.NATIVE_NORM_TYPES),
     share=st.sampled_from([0.0, 0.01, 0.5, 0.999, 1.5, math.inf]),
 )
-def test_clip_grad_norm(gradients, order, share):
+def test_clip_grad_norm(gradients, norm_type, share):
     before = [ref.widened(g) for g in gradients]
-    expected = ref.reference_norm(before, order)
+    expected = ref.reference_norm(before, norm_type)
     max_norm = share if math.isinf(share) else share * expected
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, order)
-    ref.assert_norm(norm, before, order)
+    norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm, norm_type)
+    ref.assert_norm(norm, before, norm_type)
     coefficient = ref.reference_coefficient(max_norm, expected)
     for after, original in zip(gradients, before, strict=True):
         ref.assert_scaled(after, original, coefficient)
@@ -52,14 +52,14 @@ def test_clip_grad_norm(gradients, order, share):
 @settings(max_examples=60, deadline=None)
 @given(
     gradients=st.lists(gradient(), min_size=1, max_size=8),
-    order=st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf]),
+    norm_type=st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf]),
 )
-def test_same_dtype_and_value_as_torch(gradients, order):
+def test_same_dtype_and_value_as_torch(gradients, norm_type):
     filled = [g for g in gradients if g.numel() > 0]
     if not filled:
         return
-    expected = torch.nn.utils.get_total_norm(filled, order)
-    found = gradclip_ext.get_total_norm(filled, order)
+    expected = torch.nn.utils.get_total_norm(filled, norm_type)
+    found = gradclip_ext.get_total_norm(filled, norm_type)
     assert found.dtype == expected.dtype
     if expected.isinf():
         return  # torch rounds each tensor's norm to its own dtype, where it may overflow

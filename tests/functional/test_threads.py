@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import reference as ref
 import torch
-from parametrize import by_native_dtype, by_order
+from parametrize import by_native_dtype, by_norm_type
 
 import gradclip_ext
 
@@ -26,9 +26,9 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@by_order
+@by_norm_type
 @by_native_dtype
-def test_the_same_bits_for_any_number_of_threads(dtype, order, restore_threads):
+def test_the_same_bits_for_any_number_of_threads(dtype, norm_type, restore_threads):
     shapes = [(700, 300), (5,), (129, 1000), (1,), (90_001,)]
     originals = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
     results = []
@@ -36,7 +36,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype, order, restore_threads):
         torch.set_num_threads(threads)
         gradients = ref.copies(originals)
         norm = gradclip_ext.clip_grad_norm_(
-            ref.parameters(gradients), 1.0, order, dtype=torch.float64
+            ref.parameters(gradients), 1.0, norm_type, dtype=torch.float64
         )
         results.append((norm, gradients))
     first_norm, first_gradients = results[0]

@@ -93,20 +93,20 @@ def test_on_a_stream_of_its_own():
 def test_graph_replays_with_new_gradients(size):
     # Capturing forbids every wait for the GPU, so this also proves that there is none.
     gradient = torch.ones(size, device="cuda")
-    limit = torch.tensor(1.0, device="cuda")
+    max_norm = torch.tensor(1.0, device="cuda")
     parameters = ref.parameters([gradient])
-    gradclip_ext.clip_grad_norm_(parameters, limit)
+    gradclip_ext.clip_grad_norm_(parameters, max_norm)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        norm = gradclip_ext.clip_grad_norm_(parameters, limit)
-    for value, max_norm in [(2.0, 1.0), (3.0, 2.0), (1e-9, 1.0), (5.0, 0.5)]:
+        norm = gradclip_ext.clip_grad_norm_(parameters, max_norm)
+    for value, threshold in [(2.0, 1.0), (3.0, 2.0), (1e-9, 1.0), (5.0, 0.5)]:
         gradient.fill_(value)
-        limit.fill_(max_norm)
+        max_norm.fill_(threshold)
         graph.replay()
         expected = value * math.sqrt(size)
         assert norm.item() == pytest.approx(expected, rel=1e-6)
-        coefficient = ref.reference_coefficient(max_norm, expected)
+        coefficient = ref.reference_coefficient(threshold, expected)
         assert gradient[-1].item() == pytest.approx(value * coefficient, rel=1e-6)
 
 
@@ -173,17 +173,17 @@ def test_finite_norm_with_error_if_nonfinite():
 @pytest.mark.parametrize("value", [math.nan, -1.0], ids=["NaN", "negative"])
 def test_bad_max_norm_on_the_gpu_makes_nan(value):
     gradient = torch.ones(1000, device="cuda")
-    limit = torch.tensor(value, device="cuda")
-    gradclip_ext.clip_grad_norm_(ref.parameter(gradient), limit)
+    max_norm = torch.tensor(value, device="cuda")
+    gradclip_ext.clip_grad_norm_(ref.parameter(gradient), max_norm)
     assert gradient.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [*ref.NATIVE_DTYPES, torch.int64], ids=ref.name_of)
-def test_norm_and_limit_on_the_gpu_in_any_dtype(dtype):
+def test_norm_and_max_norm_on_the_gpu_in_any_dtype(dtype):
     gradient = torch.full((1000,), 8.0, device="cuda")
     norm = torch.tensor(16, device="cuda", dtype=dtype)
-    limit = torch.tensor(4, device="cuda", dtype=dtype)
-    gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), limit, norm)
+    max_norm = torch.tensor(4, device="cuda", dtype=dtype)
+    gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), max_norm, norm)
     assert gradient.tolist() == pytest.approx([8.0 * 4.0 / (16.0 + 1e-6)] * 1000, rel=1e-6)
 
 

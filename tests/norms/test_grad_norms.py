@@ -9,7 +9,7 @@ import pytest
 import reference as ref
 import torch
 from models import gradients_of, make_model
-from parametrize import by_native_dtype, by_order
+from parametrize import by_native_dtype, by_norm_type
 from torch import nn
 
 import gradclip_ext
@@ -17,20 +17,20 @@ from gradclip_ext import grad_norms
 
 
 class TestGradNorms:
-    @by_order
+    @by_norm_type
     @by_native_dtype
-    def test_total_and_each(self, dtype, order):
+    def test_total_and_each(self, dtype, norm_type):
         shapes = [(300, 700), (5,), (0,), (129, 100), (1,), (90_001,)]
         gradients = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
         gradients.insert(2, None)
-        total, norms, names = grad_norms(ref.parameters(gradients), order)
+        total, norms, names = grad_norms(ref.parameters(gradients), norm_type)
         filled = [gradient for gradient in gradients if gradient is not None]
         assert total.dtype == norms.dtype == torch.float64
         assert norms.shape == (7,)
         assert names[6] == "parameters[6]"
         # The same pass, the same bits as without the norms of the parts.
         expected = gradclip_ext.get_total_norm(
-            filled, order, dtype=None if dtype == torch.float64 else torch.float32
+            filled, norm_type, dtype=None if dtype == torch.float64 else torch.float32
         )
         assert total.to(expected.dtype).item() == expected.item()
         for norm, gradient in zip(norms, gradients, strict=True):
@@ -38,7 +38,7 @@ class TestGradNorms:
                 assert norm.item() == 0.0
             else:
                 rounded = norm.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                ref.assert_norm(rounded, [gradient], order)
+                ref.assert_norm(rounded, [gradient], norm_type)
 
     def test_names_and_dtype(self):
         model = make_model()
@@ -49,21 +49,23 @@ class TestGradNorms:
             expected = [ref.reference_norm([gradient], 2.0) for gradient in gradients_of(model)]
             assert found.norms.tolist() == pytest.approx(expected, rel=1e-6)
 
-    @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
-    def test_gradients_that_are_not_native(self, order):
+    @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+    def test_gradients_that_are_not_native(self, norm_type):
         strided = ref.random_gradient((6, 8))[:, ::2]
         sparse = torch.sparse_coo_tensor(
             [[0, 2]], [3.0, -4.0], (5,), check_invariants=True
         ).coalesce()
         plain = ref.random_gradient((11,), seed=1)
         parameters = [ref.Holder(gradient) for gradient in (strided, sparse, plain)]
-        total, norms, _ = grad_norms(parameters, order)
+        total, norms, _ = grad_norms(parameters, norm_type)
         dense = [strided, sparse.to_dense(), plain]
-        expected = [torch.linalg.vector_norm(gradient.double(), order).item() for gradient in dense]
+        expected = [
+            torch.linalg.vector_norm(gradient.double(), norm_type).item() for gradient in dense
+        ]
         assert norms.tolist() == pytest.approx(expected, rel=1e-6)
         whole = torch.cat([gradient.double().flatten() for gradient in dense])
         assert total.item() == pytest.approx(
-            torch.linalg.vector_norm(whole, order).item(), rel=1e-6
+            torch.linalg.vector_norm(whole, norm_type).item(), rel=1e-6
         )
 
     def test_no_gradient_at_all(self):

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.cpu_only
 
 
 class TestDeprecatedName:
-    @pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
-    def test_is_the_function_of_the_new_name(self, order):
+    @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+    def test_is_the_function_of_the_new_name(self, norm_type):
         old = [ref.random_gradient((9, 9), seed=s) for s in range(3)]
         new = ref.copies(old)
         with pytest.warns(FutureWarning):
-            norm = textbook.clip_grad_norm(ref.parameters(old), 0.5, order, True, False)
+            norm = textbook.clip_grad_norm(ref.parameters(old), 0.5, norm_type, True, False)
         assert torch.equal(
-            norm, gradclip_ext.clip_grad_norm_(ref.parameters(new), 0.5, order, True, False)
+            norm, gradclip_ext.clip_grad_norm_(ref.parameters(new), 0.5, norm_type, True, False)
         )
         ref.assert_unchanged(old, new)
 

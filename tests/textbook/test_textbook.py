@@ -68,26 +68,28 @@ def test_clip_then_step():
 # What torch's own tests of these functions check, on the same kinds of input.
 
 by_foreach = pytest.mark.parametrize("foreach", [False, True], ids=lambda v: f"foreach={v}")
-by_order = pytest.mark.parametrize("order", [0.5, 1.5, 2, 4, "inf"], ids=lambda v: f"L{v}")
+by_norm_type = pytest.mark.parametrize("norm_type", [0.5, 1.5, 2, 4, "inf"], ids=lambda v: f"L{v}")
 
 
-def total(gradients, order):
-    order = float(order)
-    if order == math.inf:
+def total(gradients, norm_type):
+    norm_type = float(norm_type)
+    if norm_type == math.inf:
         return max(gradient.abs().max().item() for gradient in gradients)
-    return sum(gradient.abs().pow(order).sum().item() for gradient in gradients) ** (1 / order)
+    return sum(gradient.abs().pow(norm_type).sum().item() for gradient in gradients) ** (
+        1 / norm_type
+    )
 
 
 @by_foreach
-@by_order
-def test_linear_layer_is_scaled_by_one_factor(order, foreach):
+@by_norm_type
+def test_linear_layer_is_scaled_by_one_factor(norm_type, foreach):
     layer = torch.nn.Linear(10, 10)
     gradients = [torch.arange(1.0, 101.0).view(10, 10), torch.ones(10).div(1000)]
     for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    before = total(gradients, order)
-    norm = gradclip_ext.clip_grad_norm_(layer.parameters(), 2, order, foreach=foreach)
-    after = total([p.grad for p in layer.parameters()], order)
+    before = total(gradients, norm_type)
+    norm = gradclip_ext.clip_grad_norm_(layer.parameters(), 2, norm_type, foreach=foreach)
+    after = total([p.grad for p in layer.parameters()], norm_type)
     assert norm.item() == pytest.approx(before, rel=1e-5)
     assert after == pytest.approx(2.0, rel=1e-5)
     factors = torch.cat(
@@ -97,38 +99,38 @@ def test_linear_layer_is_scaled_by_one_factor(order, foreach):
 
 
 @by_foreach
-@by_order
-def test_small_gradients_are_left_alone(order, foreach):
+@by_norm_type
+def test_small_gradients_are_left_alone(norm_type, foreach):
     layer = torch.nn.Linear(10, 10)
     gradients = [torch.full((10, 10), 1e-4), torch.ones(10).div(50_000)]
     for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    before = total(gradients, order)
+    before = total(gradients, norm_type)
     assert before < 2.0
-    norm = gradclip_ext.clip_grad_norm_(layer.parameters(), 2, order, foreach=foreach)
+    norm = gradclip_ext.clip_grad_norm_(layer.parameters(), 2, norm_type, foreach=foreach)
     assert norm.item() == pytest.approx(before, rel=1e-5)
     for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
 
 
 @by_foreach
-@by_order
+@by_norm_type
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-def test_non_finite_with_and_without_error(bad, order, foreach):
+def test_non_finite_with_and_without_error(bad, norm_type, foreach):
     for where in range(3):
         gradients = [torch.full((10,), 2.0) for _ in range(3)]
         gradients[where][5] = bad
         originals = ref.copies(gradients)
         with pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
             gradclip_ext.clip_grad_norm_(
-                ref.parameters(gradients), 1.0, order, error_if_nonfinite=True, foreach=foreach
+                ref.parameters(gradients), 1.0, norm_type, error_if_nonfinite=True, foreach=foreach
             )
         for gradient, original in zip(gradients, originals, strict=True):
             assert torch.equal(gradient.nan_to_num(7.0), original.nan_to_num(7.0))
         ours, theirs = gradients, originals
-        norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 1.0, order, foreach=foreach)
+        norm = gradclip_ext.clip_grad_norm_(ref.parameters(ours), 1.0, norm_type, foreach=foreach)
         torch_norm = torch.nn.utils.clip_grad_norm_(
-            ref.parameters(theirs), 1.0, order, foreach=foreach
+            ref.parameters(theirs), 1.0, norm_type, foreach=foreach
         )
         torch.testing.assert_close(norm, torch_norm, equal_nan=True)
         for mine, other in zip(ours, theirs, strict=True):
