@@ -30,7 +30,7 @@ from tqdm import tqdm
 import gradclip_ext
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-from char_rnn import (
+from char_rnn_model import (
     BATCH_SIZE,
     LEARNING_RATE,
     SEQUENCE_LENGTH,
