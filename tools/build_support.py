@@ -176,7 +176,8 @@ def _number(code: str) -> int:
 
 def is_cuda_source(path: str) -> bool:
     """Whether a file is left out of a build without the CUDA engine."""
-    return path.endswith(".cu") or Path(path).name.startswith("cuda_")
+    file = Path(path)
+    return file.parent.name == "cuda" or file.name.startswith("cuda_")
 
 
 def compiler_version(command: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Checks what nvcc makes of csrc/cuda/kernels.cu, for every architecture; needs no GPU.
+"""Checks what nvcc makes of csrc/cuda/kernels.cuh, for every architecture; needs no GPU.
 
 Some mistakes only show in the machine code: a table copied to the stack, a spilled register, loads
 that wait for each other, a 16-byte load taken apart, a result read before it is complete. Compiles
@@ -33,8 +33,6 @@ DTYPES = 4
 # How many loops over whole runs each kernel has for each dtype.
 LOOPS = {
     "power_sums_kernel": 1,
-    # It reads two vectors at a time, and what it has just written.
-    "decay_and_power_sums_kernel": 0,
     "scale_kernel": 1,
     "scale_each_kernel": 1,
     "clamp_kernel": 1,
@@ -42,6 +40,8 @@ LOOPS = {
     "tensor_norms_kernel": 0,
     "finish_kernel": 0,
 }
+# With one of these tables a kernel reads two vectors at a time, and what it has just written.
+DECAY_TABLE = "DecayTable"
 # Before sm_80 there is no instruction that rounds to bfloat16. What stands for it takes so many
 # registers that the compiler holds one of the loads back.
 FIRST_WITH_BFLOAT16 = 80
@@ -105,13 +105,15 @@ def name_of(mangled: str) -> str:
     """Returns the name of a kernel in the source."""
     match = re.search(r"\d([a-z][a-z_]*_kernel)[IE]", mangled)
     if match is None:
-        raise ValueError(f"{mangled} is no kernel of kernels.cu")
+        raise ValueError(f"{mangled} is no kernel of kernels.cuh")
     return match[1]
 
 
 def label_of(mangled: str) -> str:
-    """Returns the name with the template's arguments, as far as they are numbers."""
+    """Returns the name with the template's arguments, numbers and whether it decays."""
     arguments = re.findall(r"L(?:NS_4NormE|b|i)(\d+)E", mangled)
+    if DECAY_TABLE in mangled:
+        arguments.append("decay")
     return f"{name_of(mangled).removesuffix('_kernel')}<{', '.join(arguments)}>".replace("<>", "")
 
 
@@ -183,7 +185,7 @@ def violations(
         found.append("LDG.E.U8: a load taken apart into bytes")
     if TRIGGER in kinds:
         found.append(f"{TRIGGER}: lets the next kernel start before this one has written")
-    wanted = LOOPS[name] * DTYPES
+    wanted = 0 if DECAY_TABLE in mangled else LOOPS[name] * DTYPES
     if number < FIRST_WITH_BFLOAT16 and name in ROUNDING:
         wanted -= 1
     groups = groups_in_flight(instructions)
@@ -223,7 +225,7 @@ def compile_kernels(toolkit: find_cuda.Toolkit, architecture: str, output: Path)
     """Writes the machine code to `output`; returns the report of ptxas."""
     # As setup.py does, but for the C++ standard, which torch chooses there.
     command = [toolkit.nvcc, "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-    command += ["-cubin", f"-arch={architecture}", ROOT / "csrc/cuda/kernels.cu", "-o", output]
+    command += ["-cubin", f"-arch={architecture}", ROOT / "csrc/cuda/launch.cu", "-o", output]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise RuntimeError(f"nvcc failed for {architecture}:\n{answer.stdout}{answer.stderr}")

@@ -26,58 +26,58 @@ class Reference {
 
 // Through Python, for subclasses, which may define `grad` as they like, and for tensors that are
 // not leaves, of which torch warns. The result lives on in the list.
-bool add_grad_attribute(PyObject* parameter, Gradients* gradients) {
+bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
   const Reference grad(PyObject_GetAttrString(parameter, "grad"));
   if (grad.get() == nullptr) throw pybind11::error_already_set();
   if (grad.get() == Py_None) {
-    gradients->skip();
+    tensors->skip();
     return true;
   }
   if (!THPVariable_Check(grad.get())) return false;
-  gradients->add(THPVariable_Unpack(grad.get()));
+  tensors->add(THPVariable_Unpack(grad.get()));
   return true;
 }
 
-bool add(PyObject* item, Read read, Gradients* gradients) {
+bool add(PyObject* item, Read read, TensorList* tensors) {
   if (!THPVariable_CheckExact(item)) {
     if (!THPVariable_Check(item)) return false;
     if (read == Read::kParametersWithGrads) return false;
-    if (read == Read::kGrads) return add_grad_attribute(item, gradients);
+    if (read == Read::kGrads) return add_grad_attribute(item, tensors);
   }
   const at::Tensor& tensor = THPVariable_Unpack(item);
   if (read == Read::kParametersWithGrads) {
     if (tensor.unsafeGetTensorImpl()->grad().defined()) {
-      gradients->add(tensor);
+      tensors->add(tensor);
     } else {
-      gradients->skip();
+      tensors->skip();
     }
     return tensor.is_leaf();
   }
   const at::Tensor& read_tensor =
       read == Read::kGrads ? tensor.unsafeGetTensorImpl()->grad() : tensor;
   if (!read_tensor.defined()) {
-    if (!tensor.is_leaf()) return add_grad_attribute(item, gradients);
-    gradients->skip();
+    if (!tensor.is_leaf()) return add_grad_attribute(item, tensors);
+    tensors->skip();
     return true;
   }
-  gradients->add(read_tensor);
+  tensors->add(read_tensor);
   return true;
 }
 
 }  // namespace
 
-bool gather(PyObject* sequence, Read read, Gradients* gradients) {
+bool gather(PyObject* sequence, Read read, TensorList* tensors) {
   const bool is_list = PyList_CheckExact(sequence);
   if (!is_list && !PyTuple_CheckExact(sequence)) return false;
-  gradients->reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)));
+  tensors->reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)));
   // A `grad` property may change the list: the size is read anew and the item held.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence); ++i) {
     PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
     Py_INCREF(item);
     const Reference held(item);
-    if (!add(item, read, gradients)) return false;
+    if (!add(item, read, tensors)) return false;
   }
-  return gradients->accept();
+  return tensors->accept();
 }
 
 at::Tensor unpack(PyObject* object) {

@@ -8,7 +8,7 @@
 
 #include <optional>
 
-#include "binding/gradients.h"
+#include "binding/tensor_list.h"
 
 namespace gradclip::binding {
 
@@ -18,7 +18,7 @@ enum class Read { kTensors, kGrads, kParametersWithGrads };
 // have a .grad, of which the last refuses subclasses. False means
 // that this list is for the general way, which also words every error; nothing was changed.
 // Throws only what reading a subclass's own `grad` attribute throws.
-bool gather(PyObject* sequence, Read read, Gradients* gradients);
+bool gather(PyObject* sequence, Read read, TensorList* tensors);
 
 // The tensor inside a torch.Tensor of any type, undefined for other objects.
 at::Tensor unpack(PyObject* object);

@@ -67,6 +67,13 @@ GRADCLIP_HOST_DEVICE constexpr int64_t find_tensor(const Integer* first_tile, in
   return low;
 }
 
+// The tile behind the last one of `tensor`.
+template <class Integer, class Count>
+GRADCLIP_HOST_DEVICE constexpr int64_t end_tile(const Integer* first_tile, Count tensors,
+                                                int64_t tiles, Count tensor) {
+  return tensor + 1 < tensors ? static_cast<int64_t>(first_tile[tensor + 1]) : tiles;
+}
+
 // The host's copy of the table. Holds no empty span: they contribute nothing, and without them
 // every tensor owns at least one tile, which the slot numbering relies on.
 class FlatIndex {
@@ -89,6 +96,9 @@ class FlatIndex {
   int64_t bytes() const { return bytes_; }
 
   int64_t first_tile(int64_t tensor) const { return first_tile_[static_cast<size_t>(tensor)]; }
+  int64_t end_tile(int64_t tensor) const {
+    return gradclip::end_tile(first_tile_.data(), tensors(), tiles_, tensor);
+  }
   int64_t tensor_of(int64_t tile) const { return find_tensor(first_tile_.data(), tensors(), tile); }
 
   // The part of `tensor` that lies in the tiles.
@@ -117,9 +127,7 @@ template <class Visit>
 int64_t walk_forward(const FlatIndex& index, Range tiles, int64_t tensor, const Visit& visit) {
   for (int64_t tile = tiles.begin; tile < tiles.end;) {
     if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
-    const int64_t tensor_end =
-        tensor + 1 < index.tensors() ? index.first_tile(tensor + 1) : index.tiles();
-    const int64_t end = std::min({tile + kRunTiles, tensor_end, tiles.end});
+    const int64_t end = std::min({tile + kRunTiles, index.end_tile(tensor), tiles.end});
     visit(tensor, index.part(tensor, {tile, end}));
     tile = end;
   }

@@ -51,6 +51,10 @@ GRADCLIP_HOST_DEVICE inline double finish(Norm norm, double power_sum) {
   return norm == Norm::kL2 ? std::sqrt(power_sum) : power_sum;
 }
 
+// A smaller coefficient would lose bits, or vanish, in float32: elements of 32 and 16 bits are then
+// scaled in float64.
+inline constexpr double kSmallestFloat32Coefficient = 0x1p-100;
+
 // torch.nn.utils' min(1, max_norm / (norm + 1e-6)), in float64 from the unrounded norm. An infinite
 // max_norm asks for the measurement alone. A NaN anywhere else stays NaN.
 GRADCLIP_HOST_DEVICE inline double clip_coefficient(double max_norm, double norm) {

@@ -1,6 +1,15 @@
-// The bodies of the kernels: what one block does. kernels.cu wraps them for the GPU; the tests run
+// The bodies of the kernels: what one block does. kernels.cuh wraps them for the GPU; the tests run
 // them on the CPU. Between two kernels nothing is shared but the partial sums: no atomics, no
-// counters, nothing that somebody would have to reset.
+// counters, nothing to be reset.
+//
+//   tensor   |----- a -----|-- b --|--------- c ---------|   end to end, cut into tiles of 16 KB
+//   worker   |   0    |    1    |    2    |    3    |        a block: an equal range of tiles
+//   segment  |   0    |1 a |1 b |2b|  2 c |   3 c   |        where a tensor and a worker meet
+//   run      kLoads vectors of each thread of the block, all in flight before the first is used
+//   vector   16 bytes, 2 to 8 elements: what a thread loads or stores at once
+//   ends     the elements before the first and behind the last 16-byte border, one for each thread
+//   partial  the power sum of a worker, at partials[worker]
+//   slot     that of a segment, at slots[tensor + worker]
 #pragma once
 
 #include "cuda/clip.h"
@@ -21,8 +30,7 @@ __device__ __forceinline__ void for_segments(const AnyTable& table, Range tiles,
 #pragma unroll 1
   while (begin < end) {
     const int64_t first = table.first_tile[tensor];
-    const int64_t behind =
-        tensor + 1 < table.tensors ? table.first_tile[tensor + 1] : int64_t{table.tiles};
+    const int64_t behind = end_tile(table.first_tile, table.tensors, table.tiles, tensor);
     const int64_t segment_begin = first > begin ? first : begin;
     const int64_t segment_end = behind < end ? behind : end;
     const uint64_t packed = table.numel_and_dtype[tensor];
@@ -106,27 +114,21 @@ __device__ __forceinline__ void leave_partial(const AnyTable& table, int worker,
   if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
 }
 
+// With a table that holds parameters, after a multiple of each was added to its gradient.
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
-__device__ __forceinline__ void power_sums_body(const AnyTable& table, bool exact, double* partials,
-                                                double* slots) {
+__device__ __forceinline__ void power_sums_body(const AnyTable& table, Precision precision,
+                                                double* partials, double* slots) {
   const int worker = static_cast<int>(blockIdx.x);
   const double sum = measured_worker<kNorm, kPerTensor, kThreads>(
-      table, worker, slots,
-      [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, exact, sums); });
-  leave_partial(table, worker, sum, partials);
-}
-
-// As power_sums_body, after a multiple of each parameter was added to its gradient.
-template <Norm kNorm, int kThreads, class AnyDecayTable>
-__device__ __forceinline__ void decay_and_power_sums_body(const AnyDecayTable& decay, bool exact,
-                                                          double* partials, double* slots) {
-  const auto& table = decay.gradients;
-  const int worker = static_cast<int>(blockIdx.x);
-  const double sum = measured_worker<kNorm, true, kThreads>(
       table, worker, slots, [&](int tensor, const auto& segment, auto* sums) {
-        const int64_t offset = segment.data - static_cast<char*>(table.data[tensor]);
-        const char* parameter = static_cast<const char*>(decay.parameters[tensor]) + offset;
-        decay_and_measure<kNorm>(segment, parameter, decay.factor, exact, sums);
+        if constexpr (AnyTable::kDecays) {
+          const int64_t offset = segment.data - static_cast<char*>(table.data[tensor]);
+          const char* parameter = static_cast<const char*>(table.parameters[tensor]) + offset;
+          decay_and_measure<kNorm>(segment, parameter, table.factor, precision, sums);
+        } else {
+          (void)tensor;
+          measure<kNorm>(segment, precision, sums);
+        }
       });
   leave_partial(table, worker, sum, partials);
 }
@@ -200,8 +202,7 @@ __device__ __forceinline__ double shared_coefficient(const Clip& clip, double no
 template <int kThreads>
 __device__ __forceinline__ void scale_segment(char* data, int64_t numel, DType dtype,
                                               double coefficient) {
-  constexpr double kSmallestFloatCoefficient = 0x1p-100;
-  const bool in_double = fabs(coefficient) < kSmallestFloatCoefficient;
+  const bool in_double = fabs(coefficient) < kSmallestFloat32Coefficient;
   const Multiply multiply = {static_cast<float>(coefficient), coefficient};
   with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
     if (in_double) return multiply_in_double(segment, coefficient);
@@ -266,11 +267,11 @@ __device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) 
 
 // All of a small list in one block and one launch: norm, barrier, scale.
 template <Norm kNorm, int kThreads, class AnyTable>
-__device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, bool exact,
+__device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Precision precision,
                                                        const Clip& clip) {
   const double sum = measured_worker<kNorm, false, kThreads>(
       table, 0, nullptr,
-      [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, exact, sums); });
+      [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, precision, sums); });
   scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
 }
 
@@ -295,8 +296,7 @@ __device__ __forceinline__ void tensor_norms_body(const AnyTable& table, const d
   const int tensor = thread / kWarpThreads;
   if (tensor >= table.tensors) return;
   const int64_t first = table.first_tile[tensor];
-  const int64_t behind =
-      tensor + 1 < table.tensors ? table.first_tile[tensor + 1] : int64_t{table.tiles};
+  const int64_t behind = end_tile(table.first_tile, table.tensors, table.tiles, tensor);
   const int64_t number = table.first_tensor + tensor;
   const int64_t begin = table.first_worker + worker_of_tile(first, table.workers, table.tiles);
   const int64_t end = table.first_worker + worker_of_tile(behind - 1, table.workers, table.tiles);

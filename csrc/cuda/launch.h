@@ -7,58 +7,27 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "core/decay.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
 #include "cuda/clip.h"
+#include "cuda/plan.h"
 
 namespace gradclip::cuda {
 
-// A list of gradients, cut into what a single launch can take.
-class Plan {
- public:
-  // `index` has to outlive the plan, which is for the current device.
-  static cudaError_t make(const FlatIndex& index, Plan* plan);
-
-  // For decay_and_power_sums; cudaErrorNotSupported where tables of that size cannot be passed.
-  static cudaError_t make_for_decay(const FlatIndex& index, Plan* plan);
-
-  // How many doubles the launches below write: one a worker; and where each tensor's norm is asked
-  // for, one for each slot.
-  int64_t partials() const { return partials_; }
-  int64_t slots() const { return slot_count(index_->tensors(), partials_); }
-
- private:
-  friend class Launcher;
-  struct Part {
-    Range tensors;
-    int64_t tiles;
-    int32_t workers;
-    int32_t first_worker;
-  };
-
-  const FlatIndex* index_ = nullptr;
-  std::vector<Part> parts_;
-  int64_t partials_ = 0;
-};
+// A plan for the current device; see Plan. cudaErrorNotSupported where there is a decay and tables
+// as large as that takes cannot be passed.
+cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan);
 
 // The compute capabilities times a hundred that there is code for, as in "800,900" for 8.0 and 9.0.
 const char* built_architectures();
 
-// Whether one block alone should clip this list, in one launch.
-bool fits_one_block(const FlatIndex& index);
-
-// Writes the power sum of each worker; with `slots`, also that of each (tensor, worker) pair.
+// Writes the power sum of each worker; with `slots`, also that of each (tensor, worker) pair. A
+// plan that decays needs slots; the gradients are changed before they are measured, and each
+// parameter has to be where its gradient is, relative to 16 bytes.
 cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double* partials,
                        double* slots, cudaStream_t stream);
-
-// The same with slots, after the decay was added to the gradients, which it writes. Each parameter
-// has to lie as its gradient does, relative to 16 bytes.
-cudaError_t decay_and_power_sums(const Plan& plan, Norm norm, Precision precision,
-                                 const Decay& decay, double* partials, double* slots,
-                                 cudaStream_t stream);
 
 // From partials of any number of plans, side by side, to one power sum or one norm.
 cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,

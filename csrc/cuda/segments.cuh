@@ -148,7 +148,8 @@ __device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_
 
 // One run. `left` is the number of vectors from this thread's first one on.
 template <Norm kNorm, DType kDType, int kThreads, bool kWhole>
-__device__ __forceinline__ double measured_run(const uint4* vectors, int64_t left, bool exact) {
+__device__ __forceinline__ double measured_run(const uint4* vectors, int64_t left,
+                                               Precision precision) {
   uint4 loaded[kLoads];
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
@@ -158,15 +159,16 @@ __device__ __forceinline__ double measured_run(const uint4* vectors, int64_t lef
     return run_maximum<kDType>(loaded);
   } else {
     const double sum = run_sum<kNorm, kDType>(loaded);
-    if (kDType == DType::kFloat64 || (!exact && in_range<kNorm>(sum))) return sum;
+    if (kDType == DType::kFloat64 || (precision == Precision::kFloat32 && in_range<kNorm>(sum)))
+      return sum;
     return run_sum_in_double<kNorm, kDType, kThreads>(vectors, left);
   }
 }
 
-// Adds the power sum of a segment to this thread's share. `exact` asks for float64 throughout.
+// Adds the power sum of a segment to this thread's share.
 template <Norm kNorm, DType kDType, int kThreads, class Sums>
-__device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment, bool exact,
-                                        Sums* sums) {
+__device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment,
+                                        Precision precision, Sums* sums) {
   using Format = Elements<kDType>;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
   const int thread = static_cast<int>(threadIdx.x);
@@ -176,10 +178,10 @@ __device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment
   int64_t left = segment.vectors;
 #pragma unroll 1
   for (; left >= kGroup; left -= kGroup, vectors += kGroup) {
-    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, exact));
+    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, precision));
   }
   if (left > 0) {
-    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, exact));
+    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, precision));
   }
 }
 
@@ -206,8 +208,8 @@ __device__ __forceinline__ void decay_run(uint4* gradients, const uint4* paramet
 // to 16 bytes.
 template <Norm kNorm, DType kDType, int kThreads, class Sums>
 __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads>& segment,
-                                                  const char* parameter, double factor, bool exact,
-                                                  Sums* sums) {
+                                                  const char* parameter, double factor,
+                                                  Precision precision, Sums* sums) {
   using Format = Elements<kDType>;
   using Number = typename Format::Number;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
@@ -225,11 +227,11 @@ __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads
 #pragma unroll 1
   for (; left >= kGroup; left -= kGroup, vectors += kGroup, others += kGroup) {
     decay_run<kDType, kThreads, true>(vectors, others, left - thread, own_factor);
-    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, exact));
+    sums->add(measured_run<kNorm, kDType, kThreads, true>(vectors, left - thread, precision));
   }
   if (left > 0) {
     decay_run<kDType, kThreads, false>(vectors, others, left - thread, own_factor);
-    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, exact));
+    sums->add(measured_run<kNorm, kDType, kThreads, false>(vectors, left - thread, precision));
   }
 }
 

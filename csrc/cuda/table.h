@@ -14,6 +14,8 @@ namespace gradclip::cuda {
 // As a structure of arrays, 20 bytes a tensor.
 template <int kCapacity>
 struct Table {
+  static constexpr bool kDecays = false;
+
   void* data[kCapacity];
   // The number of elements, with the dtype in the top byte.
   uint64_t numel_and_dtype[kCapacity];
@@ -29,8 +31,9 @@ struct Table {
 
 // The same with the parameters whose decay is added to these gradients: 28 bytes a tensor.
 template <int kCapacity>
-struct DecayTable {
-  Table<kCapacity> gradients;
+struct DecayTable : Table<kCapacity> {
+  static constexpr bool kDecays = true;
+
   const void* parameters[kCapacity];
   double factor;
 };

@@ -21,14 +21,14 @@ static void with_norm(Norm norm, const Work& work) {
   }
 }
 
-void power_sums_thread(const SmallTable& table, Norm norm, bool exact, double* partials,
+void power_sums_thread(const SmallTable& table, Norm norm, Precision precision, double* partials,
                        double* slots) {
   with_norm(norm, [&](auto constant) {
     constexpr Norm kNorm = decltype(constant)::value;
     if (slots == nullptr) {
-      power_sums_body<kNorm, false, kThreads>(table, exact, partials, slots);
+      power_sums_body<kNorm, false, kThreads>(table, precision, partials, slots);
     } else {
-      power_sums_body<kNorm, true, kThreads>(table, exact, partials, slots);
+      power_sums_body<kNorm, true, kThreads>(table, precision, partials, slots);
     }
   });
 }
@@ -41,9 +41,9 @@ void scale_each_thread(const SmallTable& table, const double* coefficients) {
 
 void clamp_thread(const SmallTable& table, double bound) { clamp_body<kThreads>(table, bound); }
 
-void clip_in_one_block_thread(const SmallTable& table, bool exact, const Clip& clip) {
+void clip_in_one_block_thread(const SmallTable& table, Precision precision, const Clip& clip) {
   with_norm(clip.norm, [&](auto constant) {
-    clip_in_one_block_body<decltype(constant)::value, kThreads>(table, exact, clip);
+    clip_in_one_block_body<decltype(constant)::value, kThreads>(table, precision, clip);
   });
 }
 

@@ -17,6 +17,7 @@ SCALE = "_ZN8gradclip4cuda43_GLOBAL__N__618bbb7b_10_kernels_cu_dfbcfac312" + (
 NORM = "_ZN8gradclip4cuda43_GLOBAL__N__618bbb7b_10_kernels_cu_dfbcfac317" + (
     "power_sums_kernelILNS_4NormE1ELb0ENS0_5TableILi40EEEEEvT1_bPdS7_"
 )
+DECAY = NORM.replace("ELb0ENS0_5Table", "ELb1ENS0_10DecayTable")
 FINISH = "_ZN8gradclip4cuda43_GLOBAL__N__618bbb7b_10_kernels_cu_dfbcfac313" + (
     "finish_kernelENS_4NormEPKdiPdNS_5DTypeEPv"
 )
@@ -72,6 +73,7 @@ def test_report_in_another_form():
 
 def test_names():
     assert check_kernels.label_of(NORM) == "power_sums<1, 0, 40>"
+    assert check_kernels.label_of(DECAY) == "power_sums<1, 1, 40, decay>"
     assert check_kernels.label_of(SCALE) == "scale<40>"
     assert check_kernels.label_of(FINISH) == "finish"
 
@@ -114,6 +116,9 @@ class TestNorm:
         assert problems(NORM, ["LDC R5, c[0x0][0x7f10]", *LOOP * 4]) == [
             "the table is not read from the constant bank"
         ]
+
+    def test_decay_reads_two_vectors_at_a_time(self):
+        assert problems(DECAY, [TABLE]) == []
 
     @pytest.mark.parametrize(
         "loop",

@@ -1,4 +1,4 @@
-"""Builds and runs tests/native/test_kernels.cpp: the bodies of the CUDA kernels on the CPU.
+"""Builds and runs tests/native/test_kernels*.cpp: the bodies of the CUDA kernels on the CPU.
 
 An emulation, never a test on a GPU: see tests/native/emulation.h. That it finds what it is there
 for is tested, too: with mistakes put into copies of the kernels, each of which has to be caught.
@@ -18,7 +18,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests/native"
-SOURCES = ["grid", "kernels", "test_kernels"]
+SOURCES = [
+    "tests/native/grid.cpp",
+    "tests/native/kernel_testing.cpp",
+    "tests/native/test_kernels.cpp",
+    "tests/native/test_kernels_writing.cpp",
+    "csrc/cuda/plan.cpp",
+]
+# With the bodies of the kernels, which mutants change.
+KERNELS = "tests/native/kernels.cpp"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 # Options and the number of threads in a block.
@@ -216,14 +224,14 @@ def compiler() -> str:
     return found
 
 
-def compile_one(csrc: Path, name: str, options: list[str], threads: int, folder: Path) -> Path:
-    """tests/native/{name}.cpp with the kernels of `csrc`, as an object file."""
-    compiled = folder / f"{name}.o"
+def compile_one(csrc: Path, source: str, options: list[str], threads: int, folder: Path) -> Path:
+    """A source with the headers of `csrc`, as an object file."""
+    compiled = folder / f"{Path(source).stem}.o"
     # g++ does not know `pragma unroll`.
     subprocess.run(
         [compiler(), *options, "-Wno-unknown-pragmas", "-DGRADCLIP_EMULATION"]
         + [f"-DGRADCLIP_THREADS={threads}", f"-I{csrc}", f"-I{NATIVE}"]
-        + ["-c", NATIVE / f"{name}.cpp", "-o", compiled],
+        + ["-c", ROOT / source, "-o", compiled],
         check=True,
     )
     return compiled
@@ -254,7 +262,7 @@ def outcome_of_mutant(
         source = source.replace(old, new)
     file.write_text(source, encoding="utf-8")
     options, threads = MUTANT_BUILD
-    kernels = compile_one(folder / "csrc", "kernels", options, threads, folder)
+    kernels = compile_one(folder / "csrc", KERNELS, options, threads, folder)
     # First, so that of two copies of an inline function the linker keeps the mutant's.
     return run(link([kernels, *tests], options, folder), "--quick")
 
@@ -274,7 +282,7 @@ def programs(side_by_side, tmp_path_factory) -> dict[str, Future[Path]]:
         options, threads = BUILDS[name]
         objects = [
             compile_one(ROOT / "csrc", source, [*options, *WARNINGS], threads, folder)
-            for source in SOURCES
+            for source in [KERNELS, *SOURCES]
         ]
         return link(objects, options, folder)
 
@@ -292,7 +300,6 @@ def outcomes(request, side_by_side, tmp_path_factory) -> dict[str, Future]:
     tests = [
         side_by_side.submit(compile_one, ROOT / "csrc", source, *QUICK_BUILD, folder)
         for source in SOURCES
-        if source != "kernels"
     ]
 
     def outcome(mutant: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -53,6 +53,7 @@ def package_folder(tmp_path_factory):
     sources = [
         *(ROOT / "csrc").glob("binding/*.cpp"),
         *(ROOT / "csrc").glob("cpu/*.cpp"),
+        *(ROOT / "csrc").glob("cuda/*.cpp"),
         *(ROOT / "csrc").glob("cuda/*.cu"),
         NATIVE / "grid.cpp",
     ]

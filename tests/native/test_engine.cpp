@@ -14,8 +14,8 @@
 #include "core/flat_index.h"
 #include "core/norm.h"
 #include "core/span.h"
-#include "cpu/engine.h"
 #include "cpu/float16.h"
+#include "cpu/passes.h"
 
 namespace gradclip {
 namespace {

@@ -1,4 +1,7 @@
-"""Builds and runs tests/native/test_engine.cpp: csrc/core and csrc/cpu on their own, no torch."""
+"""Builds and runs the tests of csrc that need neither torch nor CUDA.
+
+tests/native/test_engine.cpp is for csrc/core and csrc/cpu, test_plan.cpp for csrc/cuda/plan.h.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,20 @@ BUILDS = {
 }
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def program(request, tmp_path_factory):
+def built(build_name, sources, folder):
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    path = tmp_path_factory.mktemp("native") / "test_engine"
-    sources = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    options = [*BUILDS[request.param], "-Wall", "-Wextra", "-Werror", "-pthread"]
+    path = folder / "program"
+    options = [*BUILDS[build_name], "-Wall", "-Wextra", "-Werror", "-pthread"]
     subprocess.run([compiler, *options, f"-I{ROOT / 'csrc'}", *sources, "-o", path], check=True)
     return path
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def program(request, tmp_path_factory):
+    sources = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    return built(request.param, sources, tmp_path_factory.mktemp("native"))
 
 
 @by_instruction_set
@@ -53,6 +60,20 @@ def test_engine_without_torch(program, instruction_set):
     result = subprocess.run(
         [program],
         env={**os.environ, "GRADCLIP_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) checks", result.stdout)[1]) > 100_000
+
+
+@pytest.mark.parametrize("build_name", BUILDS)
+def test_plan_without_cuda(build_name, tmp_path):
+    sources = [ROOT / "tests/native/test_plan.cpp", ROOT / "csrc/cuda/plan.cpp"]
+    result = subprocess.run(
+        [built(build_name, sources, tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,9 +1,10 @@
-// The CPU engine: the three operations over a range of workers of a flat index. It starts no
-// threads; the caller hands out worker ranges (the binding to torch's thread pool, tests to
-// std::thread), and any partition of the workers gives the same bits.
+// The passes over a flat index on the CPU, each for a range of its workers. They start no threads;
+// the caller hands out worker ranges (the binding to torch's thread pool, tests to std::thread),
+// and any partition of the workers gives the same bits.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/decay.h"
 #include "core/flat_index.h"
@@ -20,6 +21,10 @@ int64_t worker_count(const FlatIndex& index);
 // With `decay`, which may be null, each run of a gradient is changed right before it is measured.
 void power_sums(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
                 Range workers, double* slots) noexcept;
+
+// The norm of each tensor, from the slots of all workers.
+std::vector<double> tensor_norms(const FlatIndex& index, Norm norm,
+                                 const std::vector<double>& slots);
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
 

@@ -1,4 +1,4 @@
-#include "binding/gradients.h"
+#include "binding/tensor_list.h"
 
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/InferenceMode.h>
@@ -6,6 +6,9 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <utility>
+
+#include "core/overlap.h"
 
 namespace gradclip::binding {
 namespace {
@@ -80,12 +83,12 @@ bool operations_are_unobserved() {
          !included.has(c10::DispatchKey::Tracer);
 }
 
-void Gradients::reserve(size_t count) {
+void TensorList::reserve(size_t count) {
   tensors_.reserve(count);
   positions_.reserve(count);
 }
 
-void Gradients::add(const at::Tensor& tensor) {
+void TensorList::add(const at::Tensor& tensor) {
   // What accept will look at. With a few hundred gradients none of it is in the cache, and asked
   // for now it arrives while the next ones are added.
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
@@ -99,7 +102,7 @@ void Gradients::add(const at::Tensor& tensor) {
   positions_.push_back(listed_++);
 }
 
-std::vector<int64_t> Gradients::positions() const {
+std::vector<int64_t> TensorList::positions() const {
   std::vector<int64_t> result;
   result.reserve(positions_.size());
   for (size_t i = 0; i < positions_.size(); ++i) {
@@ -108,7 +111,7 @@ std::vector<int64_t> Gradients::positions() const {
   return result;
 }
 
-bool Gradients::accept() {
+bool TensorList::accept() {
   spans_.reserve(tensors_.size());
   for (const at::Tensor& tensor : tensors_) {
     if (!is_native(tensor) || !is_flat(tensor)) return false;
@@ -128,7 +131,7 @@ bool Gradients::accept() {
   return true;
 }
 
-FlatIndex Gradients::index_for_writing() const {
+FlatIndex TensorList::index_for_writing() const {
   std::vector<Span> spans;
   spans.reserve(tensors_.size());
   for (const at::Tensor& tensor : tensors_) {
@@ -137,7 +140,23 @@ FlatIndex Gradients::index_for_writing() const {
   return FlatIndex(std::move(spans));
 }
 
-void Gradients::bump_versions() const {
+std::vector<const void*> TensorList::pointers() const {
+  std::vector<const void*> result;
+  for (const Span& span : spans_) {
+    if (span.numel > 0) result.push_back(span.data);
+  }
+  return result;
+}
+
+std::vector<FlatIndex> TensorList::disjoint_indices_for_writing() const {
+  FlatIndex index = index_for_writing();
+  if (share_memory(index)) return disjoint_groups(index);
+  std::vector<FlatIndex> whole;
+  whole.push_back(std::move(index));
+  return whole;
+}
+
+void TensorList::bump_versions() const {
   for (const at::Tensor& tensor : tensors_) {
     // Inference tensors have no version.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

@@ -1,4 +1,4 @@
-#include "cpu/engine.h"
+#include "cpu/passes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -54,6 +54,23 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, const De
     });
   }
   slots[slot] = sum.value();
+}
+
+std::vector<double> tensor_norms(const FlatIndex& index, Norm norm,
+                                 const std::vector<double>& slots) {
+  const int64_t workers = worker_count(index);
+  std::vector<double> norms;
+  norms.reserve(static_cast<size_t>(index.tensors()));
+  for (int64_t tensor = 0; tensor < index.tensors(); ++tensor) {
+    PowerSum sum(norm);
+    const int64_t last = worker_of_tile(index.end_tile(tensor) - 1, workers, index.tiles());
+    for (int64_t worker = worker_of_tile(index.first_tile(tensor), workers, index.tiles());
+         worker <= last; ++worker) {
+      sum.add(slots[static_cast<size_t>(slot_of(tensor, worker))]);
+    }
+    norms.push_back(finish(norm, sum.value()));
+  }
+  return norms;
 }
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept {

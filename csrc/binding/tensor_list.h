@@ -1,4 +1,4 @@
-// A list of gradients that the native engines can work on: the tensors, held alive, and the flat
+// A list of tensors that the native engines can work on: the tensors, held alive, and the flat
 // memory behind them.
 #pragma once
 
@@ -40,10 +40,10 @@ std::optional<DType> native_dtype(at::ScalarType dtype);
 // mode, a functorch transform or a jit trace. (Function modes are Python's; see python_tensors.h.)
 bool operations_are_unobserved();
 
-class Gradients {
+class TensorList {
  public:
   // Complex numbers are pairs of reals for the L2 norm and for scaling, and for nothing else.
-  explicit Gradients(bool accept_complex) : accept_complex_(accept_complex) {}
+  explicit TensorList(bool accept_complex) : accept_complex_(accept_complex) {}
 
   void reserve(size_t count);
 
@@ -52,8 +52,8 @@ class Gradients {
   // Stands for a parameter that has no gradient.
   void skip() { ++listed_; }
 
-  // To be called once, after the last one was added. False when any of the tensors has to take the
-  // way through torch's operations, or when they lie on several devices.
+  // To be called once, after the last one was added. False when any of the tensors is for the
+  // fallback, or when they are on several devices.
   bool accept();
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
@@ -67,7 +67,7 @@ class Gradients {
   c10::Device device() const { return tensors_.front().device(); }
   bool are_on_gpu() const { return device().type() == kGpuDevice; }
 
-  // The dtype torch gives the norm of these gradients.
+  // The dtype torch gives the norm of these tensors.
   at::ScalarType norm_dtype() const { return norm_dtype_; }
 
   // For measuring; leaves copy-on-write tensors shared.
@@ -75,6 +75,13 @@ class Gradients {
 
   // For writing; gives copy-on-write tensors memory of their own.
   FlatIndex index_for_writing() const;
+
+  // The same in as few indices as can be, none of which holds two tensors that share memory: a
+  // single one unless some do. Sorts the tensors, so call it only once it is needed.
+  std::vector<FlatIndex> disjoint_indices_for_writing() const;
+
+  // Where the tensors that are not empty begin, for reading.
+  std::vector<const void*> pointers() const;
 
   // As every in-place operation does, so that autograd notices the change.
   void bump_versions() const;

@@ -1,0 +1,180 @@
+#include "binding/cpu_engine.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/overlap.h"
+#include "cpu/passes.h"
+
+namespace gradclip::binding {
+namespace {
+
+// Below this a second thread costs more to wake than it saves.
+constexpr int64_t kSerialBytes = 512 * 1024;
+
+// Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
+// Each thread gets one contiguous share, and the same share for the same index every time.
+template <class Work>
+void for_all_workers(const FlatIndex& index, bool serial, const Work& work) {
+  const int64_t workers = cpu::worker_count(index);
+  if (workers == 0) return;
+  if (serial || index.bytes() < kSerialBytes) {
+    work(Range{0, workers});
+    return;
+  }
+  at::parallel_for(0, workers, /*grain_size=*/1,
+                   [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
+}
+
+// Runs a writing pass. Threads must not meet in memory that two tensors share, so such lists are
+// written one tensor after another, on this thread.
+template <class Work>
+void write(const TensorList& tensors, const Work& work) {
+  const FlatIndex index = tensors.index_for_writing();
+  const bool serial = index.bytes() >= kSerialBytes && share_memory(index);
+  for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
+}
+
+// The power sum of each (tensor, worker) pair; `decay` may be null.
+std::vector<double> measured_slots(const FlatIndex& index, Norm norm, Precision precision,
+                                   const Decay* decay) {
+  if (index.tensors() == 0) return {};
+  std::vector<double> slots(
+      static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
+  for_all_workers(index, /*serial=*/false, [&](Range workers) {
+    cpu::power_sums(index, norm, precision, decay, workers, slots.data());
+  });
+  return slots;
+}
+
+double sum_of(Norm norm, const std::vector<double>& slots) {
+  PowerSum total(norm);
+  for (const double partial : slots) total.add(partial);
+  return total.value();
+}
+
+double measured(const TensorList& tensors, Norm norm, Precision precision) {
+  return sum_of(norm, measured_slots(tensors.index_for_reading(), norm, precision, nullptr));
+}
+
+void scale_by(const TensorList& tensors, double coefficient) {
+  // Not >= 1: NaN has to reach the gradients.
+  if (coefficient == 1.0) return;
+  write(tensors,
+        [&](const FlatIndex& index, Range workers) { cpu::scale(index, coefficient, workers); });
+}
+
+// A 0-dim tensor, made without going through the dispatcher.
+at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
+  at::Tensor tensor(at::detail::empty_cpu({}, dtype));
+  void* data = tensor.mutable_data_ptr();
+  switch (dtype) {
+    case at::kDouble:
+      *static_cast<double*>(data) = value;
+      break;
+    case at::kFloat:
+      *static_cast<float*>(data) = static_cast<float>(value);
+      break;
+    case at::kHalf:
+      *static_cast<at::Half*>(data) = static_cast<float>(value);
+      break;
+    case at::kBFloat16:
+      *static_cast<at::BFloat16*>(data) = static_cast<float>(value);
+      break;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no norm has dtype ", dtype);
+  }
+  return tensor;
+}
+
+Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm norm, Precision precision,
+               const Decay* decay) {
+  const std::vector<double> slots = measured_slots(index, norm, precision, decay);
+  const std::vector<double> norms = cpu::tensor_norms(index, norm, slots);
+  const at::Tensor each(at::detail::empty_cpu({tensors.listed()}, at::kDouble));
+  double* values = each.mutable_data_ptr<double>();
+  std::fill_n(values, tensors.listed(), 0.0);
+  const std::vector<int64_t> positions = tensors.positions();
+  for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
+  return {scalar_tensor(finish(norm, sum_of(norm, slots)), at::kDouble), each};
+}
+
+class CpuEngine final : public Engine {
+ public:
+  at::Tensor power_sum(const TensorList& tensors, Norm norm) const override {
+    return scalar_tensor(measured(tensors, norm, Precision::kFloat64), at::kDouble);
+  }
+
+  std::optional<at::Tensor> total_norm(const TensorList& tensors,
+                                       const NormRequest& request) const override {
+    const std::optional<double> norm = checked_norm(tensors, request);
+    if (!norm) return std::nullopt;
+    return scalar_tensor(*norm, request.result_dtype);
+  }
+
+  std::optional<at::Tensor> clip_norm(const TensorList& tensors, const NormRequest& request,
+                                      const Scalar& max_norm) const override {
+    const std::optional<double> norm = checked_norm(tensors, request);
+    if (!norm) return std::nullopt;
+    scale_by(tensors, clip_coefficient(max_norm.value, *norm));
+    return scalar_tensor(*norm, request.result_dtype);
+  }
+
+  std::optional<Norms> norms(const TensorList& tensors, Norm norm, Precision precision,
+                             const WeightDecay* decay) const override {
+    if (decay == nullptr) {
+      return norms_of(tensors, tensors.index_for_reading(), norm, precision, nullptr);
+    }
+    const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
+    if (indices.size() != 1) return std::nullopt;
+    const std::vector<const void*> parameters = decay->parameters.pointers();
+    const Decay added = {decay->factor, parameters.data()};
+    return norms_of(tensors, indices.front(), norm, precision, &added);
+  }
+
+  void scale(const TensorList& tensors, const Scalar& coefficient) const override {
+    scale_by(tensors, coefficient.value);
+  }
+
+  void scale_to_norm(const TensorList& tensors, const Scalar& max_norm,
+                     const Scalar& total_norm) const override {
+    scale_by(tensors, clip_coefficient(max_norm.value, total_norm.value));
+  }
+
+  bool scale_each(const TensorList& tensors, const at::Tensor& coefficients) const override {
+    std::vector<double> values;
+    for (const int64_t position : tensors.positions()) {
+      values.push_back(coefficients.const_data_ptr<double>()[position]);
+    }
+    write(tensors, [&](const FlatIndex& index, Range workers) {
+      cpu::scale_each(index, values.data(), workers);
+    });
+    return true;
+  }
+
+  void clamp(const TensorList& tensors, double bound) const override {
+    write(tensors,
+          [&](const FlatIndex& index, Range workers) { cpu::clamp(index, bound, workers); });
+  }
+
+ private:
+  // nullopt where the norm is to be an error.
+  static std::optional<double> checked_norm(const TensorList& tensors, const NormRequest& request) {
+    const double norm = finish(request.norm, measured(tensors, request.norm, request.precision));
+    if (request.error_if_nonfinite && !std::isfinite(norm)) return std::nullopt;
+    return norm;
+  }
+};
+
+}  // namespace
+
+const Engine& cpu_engine() {
+  static const CpuEngine engine;
+  return engine;
+}
+
+}  // namespace gradclip::binding

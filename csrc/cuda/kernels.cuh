@@ -1,0 +1,68 @@
+// The kernels: bodies.cuh for the GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/bodies.cuh"
+
+namespace gradclip::cuda {
+
+inline constexpr int kThreads = 256;
+// What the compiler chooses registers for: 40. Left alone it aims at 8 blocks and 32 registers, and
+// asks for the fourth vector of a run only when the first is used up.
+inline constexpr int kResidentBlocks = 6;
+// With parameters to be read as well it would spill for 12.0 otherwise.
+template <class AnyTable>
+inline constexpr int kResident = AnyTable::kDecays ? 4 : kResidentBlocks;
+// More, where one block is all there is.
+inline constexpr int kThreadsOfOneBlock = 512;
+
+// Tables are taken by reference from here on, and are never copied or captured: that would move
+// them from the constant bank to the stack.
+
+template <Norm kNorm, bool kPerTensor, class AnyTable>
+__global__ void __launch_bounds__(kThreads, kResident<AnyTable>)
+    power_sums_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, Precision precision, double* partials,
+                      double* slots) {
+  power_sums_body<kNorm, kPerTensor, kThreads>(table, precision, partials, slots);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    scale_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, GRADCLIP_GRID_CONSTANT(Clip) clip) {
+  scale_body<kThreads>(table, clip);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    scale_each_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, const double* coefficients) {
+  scale_each_body<kThreads>(table, coefficients);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    clamp_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, double bound) {
+  clamp_body<kThreads>(table, bound);
+}
+
+template <Norm kNorm, class AnyTable>
+__global__ void __launch_bounds__(kThreadsOfOneBlock)
+    clip_in_one_block_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, Precision precision,
+                             GRADCLIP_GRID_CONSTANT(Clip) clip) {
+  clip_in_one_block_body<kNorm, kThreadsOfOneBlock>(table, precision, clip);
+}
+
+template <Norm kNorm, class AnyTable>
+__global__ void __launch_bounds__(kThreads)
+    tensor_norms_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, const double* slots,
+                        double* norms) {
+  tensor_norms_body<kNorm, kThreads>(table, slots, norms);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(Norm norm, const double* partials, int count, double* power_sum, DType norm_dtype,
+                  void* norm_result) {
+  finish_body<kThreads>(norm, partials, count, power_sum, norm_dtype, norm_result);
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,182 @@
+#include <map>
+#include <mutex>
+#include <type_traits>
+
+#include "cuda/kernels.cuh"
+#include "cuda/launch.h"
+
+namespace gradclip::cuda {
+namespace {
+
+// Ranges of tiles, and so blocks, for each multiprocessor: as many as stay resident. A bet, until
+// it is compared on a GPU.
+constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
+
+// What is asked once for each device.
+struct DeviceProperties {
+  int multiprocessors = 0;
+  int largest_table = kMediumTable;
+  // Whether the loaded code waits for the kernel before it, so that it may be started early. Not
+  // whether the device could: code that the driver compiles from older PTX has no wait.
+  bool can_start_early = false;
+};
+
+cudaError_t ask(int device, DeviceProperties* properties) {
+  cudaError_t error =
+      cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+#if !defined(__HIPCC__)
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes,
+                                reinterpret_cast<const void*>(&scale_kernel<Table<kSmallTable>>));
+  if (error != cudaSuccess) return error;
+  int driver = 0;
+  error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) return error;
+  // From 12.3 on early starts also work in graphs.
+  properties->can_start_early = attributes.ptxVersion >= 90 && driver >= 12030;
+  if (attributes.ptxVersion >= 70 && driver >= 12010) properties->largest_table = kLargeTable;
+#endif
+  return cudaSuccess;
+}
+
+cudaError_t properties_of_current_device(DeviceProperties* properties) {
+  static std::mutex mutex;
+  static std::map<int, DeviceProperties> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found == known.end()) {
+    error = ask(device, properties);
+    if (error == cudaSuccess) known.emplace(device, *properties);
+    return error;
+  }
+  *properties = found->second;
+  return cudaSuccess;
+}
+
+// Calls work(constant) with the norm as a constant.
+template <class Work>
+cudaError_t with_norm(Norm norm, const Work& work) {
+  switch (norm) {
+    case Norm::kL1:
+      return work(std::integral_constant<Norm, Norm::kL1>());
+    case Norm::kL2:
+      return work(std::integral_constant<Norm, Norm::kL2>());
+    case Norm::kInf:
+      return work(std::integral_constant<Norm, Norm::kInf>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+#define GRADCLIP_STRING_OF(...) #__VA_ARGS__
+#define GRADCLIP_STRING(...) GRADCLIP_STRING_OF(__VA_ARGS__)
+
+const char* built_architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+  return GRADCLIP_STRING(__CUDA_ARCH_LIST__);
+#else
+  return "unknown";
+#endif
+}
+
+cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan) {
+  DeviceProperties properties;
+  const cudaError_t error = properties_of_current_device(&properties);
+  if (error != cudaSuccess) return error;
+  if (decay != nullptr && properties.largest_table < kLargeTable) return cudaErrorNotSupported;
+  const int64_t capacity = decay != nullptr ? kLargeDecayTable : properties.largest_table;
+  *plan = Plan(index, decay, capacity, kWorkersPerMultiprocessor * properties.multiprocessors);
+  return cudaSuccess;
+}
+
+cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double* partials,
+                       double* slots, cudaStream_t stream) {
+  return with_norm(norm, [&](auto constant) {
+    constexpr Norm kNorm = decltype(constant)::value;
+    const auto measure = [&](const auto& table, auto* kernel) {
+      return launch_kernel(kernel, table.workers, kThreads, stream, false, table, precision,
+                           partials, slots);
+    };
+    if (plan.decays()) {
+      return for_decay_tables(plan, [&](const auto& table) {
+        using AnyTable = std::decay_t<decltype(table)>;
+        return measure(table, &power_sums_kernel<kNorm, true, AnyTable>);
+      });
+    }
+    return for_tables(plan, [&](const auto& table) {
+      using AnyTable = std::decay_t<decltype(table)>;
+      return measure(table, slots == nullptr ? &power_sums_kernel<kNorm, false, AnyTable>
+                                             : &power_sums_kernel<kNorm, true, AnyTable>);
+    });
+  });
+}
+
+cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,
+                   DType norm_dtype, void* norm_result, cudaStream_t stream) {
+  return launch_kernel(&finish_kernel, 1, kThreads, stream, false, norm, partials,
+                       static_cast<int>(count), power_sum, norm_dtype, norm_result);
+}
+
+cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, double* norms,
+                         cudaStream_t stream) {
+  constexpr int64_t kTensorsPerBlock = kThreads / kWarpThreads;
+  return with_norm(norm, [&](auto constant) {
+    return for_tables(plan, [&](const auto& table) {
+      using AnyTable = std::decay_t<decltype(table)>;
+      const int64_t blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
+      return launch_kernel(&tensor_norms_kernel<decltype(constant)::value, AnyTable>, blocks,
+                           kThreads, stream, false, table, slots, norms);
+    });
+  });
+}
+
+cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t stream) {
+  DeviceProperties properties;
+  const cudaError_t error = properties_of_current_device(&properties);
+  if (error != cudaSuccess) return error;
+  bool first = true;
+  return for_tables(plan, [&](const auto& table) {
+    using AnyTable = std::decay_t<decltype(table)>;
+    // The second of several follows a kernel that writes, so it waits as usual.
+    const bool start_early = early && first && properties.can_start_early;
+    first = false;
+    return launch_kernel(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early,
+                         table, clip);
+  });
+}
+
+cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream) {
+  return for_tables(plan, [&](const auto& table) {
+    using AnyTable = std::decay_t<decltype(table)>;
+    return launch_kernel(&scale_each_kernel<AnyTable>, table.workers, kThreads, stream, false,
+                         table, coefficients);
+  });
+}
+
+cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream) {
+  return for_tables(plan, [&](const auto& table) {
+    using AnyTable = std::decay_t<decltype(table)>;
+    return launch_kernel(&clamp_kernel<AnyTable>, table.workers, kThreads, stream, false, table,
+                         bound);
+  });
+}
+
+cudaError_t clip_in_one_block(const Plan& plan, Precision precision, const Clip& clip,
+                              cudaStream_t stream) {
+  return with_norm(clip.norm, [&](auto constant) {
+    return for_tables(plan, [&](const auto& whole) {
+      using AnyTable = std::decay_t<decltype(whole)>;
+      AnyTable table = whole;
+      table.workers = 1;
+      return launch_kernel(&clip_in_one_block_kernel<decltype(constant)::value, AnyTable>, 1,
+                           kThreadsOfOneBlock, stream, false, table, precision, clip);
+    });
+  });
+}
+
+}  // namespace gradclip::cuda

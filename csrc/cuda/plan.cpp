@@ -1,0 +1,30 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+
+namespace gradclip::cuda {
+namespace {
+
+// Below this a second launch costs more than what more blocks gain. A bet, until it is compared on
+// a GPU.
+constexpr int64_t kOneBlockBytes = 512 * 1024;
+
+}  // namespace
+
+Plan::Plan(const FlatIndex& index, const Decay* decay, int64_t capacity, int64_t most_workers)
+    : index_(&index), decay_(decay) {
+  for (int64_t begin = 0; begin < index.tensors(); begin += capacity) {
+    const int64_t end = std::min(begin + capacity, index.tensors());
+    const int64_t tiles = index.end_tile(end - 1) - index.first_tile(begin);
+    const int64_t workers = std::min(tiles, most_workers);
+    parts_.push_back(
+        {{begin, end}, tiles, static_cast<int32_t>(workers), static_cast<int32_t>(partials_)});
+    partials_ += workers;
+  }
+}
+
+bool fits_one_block(const FlatIndex& index) {
+  return index.bytes() <= kOneBlockBytes && index.tensors() <= kMediumTable;
+}
+
+}  // namespace gradclip::cuda

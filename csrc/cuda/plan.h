@@ -1,0 +1,118 @@
+// How a list of tensors is cut into launches, and how the tables of each launch are packed. Plain
+// C++: tests/native/test_plan.cpp runs it on the host.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "core/decay.h"
+#include "core/flat_index.h"
+#include "cuda/table.h"
+
+namespace gradclip::cuda {
+
+// What a single launch takes: a range of tensors, and the workers that share their tiles.
+struct Part {
+  Range tensors;
+  int64_t tiles;
+  int32_t workers;
+  int32_t first_worker;
+
+  int64_t count() const { return tensors.end - tensors.begin; }
+};
+
+class Plan {
+ public:
+  Plan() = default;
+
+  // Of at most `capacity` tensors and `most_workers` workers for each launch. `index` and `decay`,
+  // which may be null, have to outlive the plan.
+  Plan(const FlatIndex& index, const Decay* decay, int64_t capacity, int64_t most_workers);
+
+  const std::vector<Part>& parts() const { return parts_; }
+  bool decays() const { return decay_ != nullptr; }
+
+  // How many doubles the measuring launches write: one for each worker; and where the norm of each
+  // tensor is asked for, one for each slot.
+  int64_t partials() const { return partials_; }
+  int64_t slots() const { return slot_count(index_->tensors(), partials_); }
+
+  // What lies behind the last tensor of a table is not written, and never read.
+  template <int kCapacity>
+  void fill(const Part& part, Table<kCapacity>* table) const {
+    table->tensors = static_cast<int32_t>(part.count());
+    table->tiles = static_cast<uint32_t>(part.tiles);
+    table->workers = part.workers;
+    table->first_worker = part.first_worker;
+    table->first_tensor = static_cast<int32_t>(part.tensors.begin);
+    const int64_t first_tile = index_->first_tile(part.tensors.begin);
+    for (int32_t i = 0; i < table->tensors; ++i) {
+      const int64_t tensor = part.tensors.begin + i;
+      const Span& span = index_->spans()[static_cast<size_t>(tensor)];
+      table->data[i] = span.data;
+      table->numel_and_dtype[i] = pack(span.numel, span.dtype);
+      table->first_tile[i] = static_cast<uint32_t>(index_->first_tile(tensor) - first_tile);
+    }
+  }
+
+  // Only for a plan that decays.
+  template <int kCapacity>
+  void fill(const Part& part, DecayTable<kCapacity>* table) const {
+    fill(part, static_cast<Table<kCapacity>*>(table));
+    for (int32_t i = 0; i < table->tensors; ++i) {
+      table->parameters[i] = decay_->parameters[part.tensors.begin + i];
+    }
+    table->factor = decay_->factor;
+  }
+
+ private:
+  const FlatIndex* index_ = nullptr;
+  const Decay* decay_ = nullptr;
+  std::vector<Part> parts_;
+  int64_t partials_ = 0;
+};
+
+template <class AnyTable, class Work>
+auto with_table(const Plan& plan, const Part& part, const Work& work) {
+  // Not initialized: clearing a large one would take as long as the launch.
+  AnyTable table;
+  plan.fill(part, &table);
+  return work(static_cast<const AnyTable&>(table));
+}
+
+// Calls work(table) for each part of the plan, with the smallest table that holds it, until one
+// answers with an error, which is whatever is not the zero of its type.
+template <class Work>
+auto for_tables(const Plan& plan, const Work& work) {
+  decltype(work(std::declval<const Table<kSmallTable>&>())) error{};
+  for (const Part& part : plan.parts()) {
+    if (part.count() <= kSmallTable) {
+      error = with_table<Table<kSmallTable>>(plan, part, work);
+    } else if (part.count() <= kMediumTable) {
+      error = with_table<Table<kMediumTable>>(plan, part, work);
+    } else {
+      error = with_table<Table<kLargeTable>>(plan, part, work);
+    }
+    if (error != decltype(error){}) break;
+  }
+  return error;
+}
+
+// The same with tables that also hold the parameters, of a plan that decays.
+template <class Work>
+auto for_decay_tables(const Plan& plan, const Work& work) {
+  decltype(work(std::declval<const DecayTable<kSmallTable>&>())) error{};
+  for (const Part& part : plan.parts()) {
+    error = part.count() <= kSmallTable
+                ? with_table<DecayTable<kSmallTable>>(plan, part, work)
+                : with_table<DecayTable<kLargeDecayTable>>(plan, part, work);
+    if (error != decltype(error){}) break;
+  }
+  return error;
+}
+
+// Whether one block alone should clip this list, in one launch.
+bool fits_one_block(const FlatIndex& index);
+
+}  // namespace gradclip::cuda

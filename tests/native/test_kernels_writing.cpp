@@ -1,0 +1,258 @@
+// The tests of kernels that write; see test_kernels.cpp.
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernel_testing.h"
+#include "test_kernels.h"
+
+namespace gradclip::cuda {
+
+// Nothing is written where the coefficient is 1, not even what is there already.
+void test_quiet() {
+  for (const double limit : {1.001, kInfinity}) {
+    for (const double bad : {0.25, kInfinity, kNaN}) {
+      // Only without a limit does such a norm leave the gradients alone.
+      if (!std::isfinite(bad) && std::isfinite(limit)) continue;
+      subject = "quiet " + std::to_string(limit) + " " + std::to_string(bad);
+      const Values values = [bad](int64_t, int64_t i) { return i == 5 ? bad : 0.5; };
+      Gradients gradients(small_mixed_list(), values);
+      const double norm = norm_of(gradients, Norm::kL2);
+      const std::vector<SmallTable> tables = tables_of(gradients.index(), 3);
+      NormResult norm_result(DType::kFloat64);
+      const double max_norm = std::isinf(limit) ? limit : limit * norm;
+      gradients.forbid_writing();
+      for (const Schedule& schedule : kSchedules) {
+        Results partials(workers_of(tables));
+        run_power_sums(tables, Norm::kL2, Precision::kFloat64, schedule, &partials, nullptr);
+        const Clip clip =
+            clip_of(Norm::kL2, partials.to_read(), workers_of(tables), max_norm, &norm_result);
+        run_scale(tables, clip, schedule);
+        CHECK(is_close(norm_result.get(), norm));
+        SmallTable table = tables.front();
+        table.workers = 1;
+        Grid({1, kThreads}, schedule, [&] {
+          clip_in_one_block_thread(table, Precision::kFloat64, clip);
+        }).run();
+      }
+      gradients.allow_writing();
+    }
+  }
+}
+
+// A norm that the caller gives, and limits; each as a number or on the GPU, where it is complete
+// only when the kernel before has ended.
+void test_given_numbers() {
+  for (const double norm : {0.5, 8.0, 1e300, kInfinity, kNaN}) {
+    for (const double limit : {0.0, 3.0, -1.0, kNaN, kInfinity}) {
+      for (const int where : {0, 1, 2, 3}) {
+        const bool norm_on_gpu = (where & 1) != 0;
+        const bool limit_on_gpu = (where & 2) != 0;
+        // The binding refuses these before it launches anything.
+        if (!limit_on_gpu && !(limit >= 0.0)) continue;
+        subject = "norm " + std::to_string(norm) + ", limit " + std::to_string(limit);
+        const Gradients before(small_mixed_list(), random_values(1.0));
+        const Gradients gradients(small_mixed_list(), random_values(1.0));
+        const std::vector<SmallTable> tables = tables_of(gradients.index(), 4);
+        Results numbers(2);
+        NormResult norm_result(DType::kFloat64);
+        const Clip clip =
+            clip_of(norm_on_gpu ? on_gpu(numbers.to_read(), DType::kFloat64) : known(norm),
+                    limit_on_gpu ? on_gpu(numbers.to_read() + 1, DType::kFloat64) : known(limit),
+                    &norm_result);
+        const SmallTable& table = tables.front();
+        const emulation::Launch launch = {table.workers, kThreads, /*early=*/true};
+        Grid scale(launch, kSchedules[where], [&] { scale_thread(table, clip); });
+        scale.run_to_wait();
+        numbers.to_write()[0] = norm;
+        numbers.to_write()[1] = limit;
+        numbers.publish();
+        scale.run();
+        const double coefficient = limit >= 0.0 ? clip_coefficient(limit, norm) : kNaN;
+        CHECK(is_scaled(gradients, before, coefficient));
+        CHECK(is_same(norm_result.get(), norm));
+      }
+    }
+  }
+}
+
+// Numbers on the GPU have any dtype, and a given norm may be the coefficient itself.
+void test_given_dtypes() {
+  const List list = small_mixed_list();
+  for (const DType dtype : kDTypes) {
+    for (const double number : {0.375, 1.0, 2.0, -0.5, kNaN}) {
+      subject = "coefficient " + std::to_string(number);
+      const Gradients before(list, random_values(1.0));
+      const Gradients gradients(list, random_values(1.0));
+      const std::vector<SmallTable> tables = tables_of(gradients.index(), 4);
+      double place = kPoison;
+      write(&place, dtype, 0, number);
+      Clip clip = clip_of(on_gpu(&place, dtype), known(kPoison), nullptr);
+      clip.is_coefficient = true;
+      run_scale(tables, clip, kSchedules[1]);
+      CHECK(is_scaled(gradients, before, number));
+
+      const Gradients limited(list, random_values(1.0));
+      run_scale(tables_of(limited.index(), 4), clip_of(known(2.0), on_gpu(&place, dtype), nullptr),
+                kSchedules[2]);
+      CHECK(is_scaled(limited, before, clip_coefficient(number >= 0.0 ? number : kNaN, 2.0)));
+    }
+  }
+}
+
+// Around 2^-100, from where on float32 would lose bits of the coefficient.
+void test_tiny_coefficients() {
+  const List list = {{2 * tile_elements(DType::kFloat32) + 5, DType::kFloat32, 1},
+                     {801, DType::kFloat64, 1},
+                     {900, DType::kBFloat16, 3},
+                     {33, DType::kFloat16}};
+  for (const double coefficient :
+       {1e-29, 0x1.8p-100, 0x1p-100, 0x1.fffp-101, 1e-33, 1e-44, 1e-60, 0.0}) {
+    subject = "coefficient " + std::to_string(std::log2(coefficient));
+    const auto values = [] {
+      return Values([](int64_t tensor, int64_t i) {
+        return (tensor == 3 ? 1.0 : 1e30) * (1.0 + static_cast<double>(i % 100) / 64.0);
+      });
+    };
+    const Gradients before(list, values());
+    const Gradients gradients(list, values());
+    // Large, so that the epsilon is lost in it.
+    const double norm = 0x1p60;
+    const Clip clip = clip_of(known(norm), known(coefficient * norm), nullptr);
+    run_scale(tables_of(gradients.index(), 3), clip, kSchedules[1]);
+    CHECK(is_scaled(gradients, before, coefficient));
+  }
+}
+
+// Norm, barrier and scale in one launch.
+void test_one_block() {
+  std::vector<List> lists = {small_mixed_list(), {{1, DType::kFloat32}}};
+  for (const DType dtype : kDTypes)
+    lists.push_back({{2 * tile_elements(dtype) + 9, dtype, 1}, {3, dtype}});
+  for (const List& list : lists) {
+    for (const Norm norm : kNorms) {
+      for (const double limit : {0.3, 2.0}) {
+        subject = "one block " + name_of(list);
+        const Precision precision = precision_of(limit > 1.0);
+        const Gradients before(list, random_values(1.0));
+        const double expected = norm_of(before, norm);
+        const double max_norm = limit * expected;
+        double first = kPoison;
+        for (const Schedule& schedule : kSchedules) {
+          const Gradients gradients(list, random_values(1.0));
+          SmallTable table = tables_of(gradients.index(), 1).front();
+          NormResult norm_result(DType::kFloat64);
+          const Clip clip = clip_of(norm, nullptr, 0, max_norm, &norm_result);
+          Grid({1, kThreads}, schedule, [&] {
+            clip_in_one_block_thread(table, precision, clip);
+          }).run();
+          const double actual = norm_result.get();
+          CHECK(is_close_norm(actual, expected, precision));
+          CHECK(is_scaled(gradients, before, clip_coefficient(max_norm, actual)));
+          CHECK(is_poison(first) || bits(first) == bits(actual));
+          first = actual;
+        }
+      }
+    }
+  }
+}
+
+// Each tensor by its own coefficient: 1 leaves it alone, 0 clears also what is not finite.
+void test_scale_each() {
+  const double coefficients[] = {0.375, 0.0, 1.0, kNaN, 1e-40, 1.0, 0.0};
+  List list = small_mixed_list();
+  // Takes a second launch.
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
+    list.push_back({3 * tile_elements(dtype) + 7, dtype, 1});
+  }
+  const Values values = [](int64_t tensor, int64_t i) {
+    return i == 3 ? kNaN : (i == 5 ? -kInfinity : static_cast<double>(tensor + i % 9) / 8.0);
+  };
+  for (int64_t workers = 1; workers <= 7; ++workers) {
+    subject = "scale each with " + std::to_string(workers) + " workers";
+    const Gradients before(list, values);
+    const Gradients gradients(list, values);
+    for (const SmallTable& table : tables_of(gradients.index(), workers)) {
+      const Schedule schedule = kSchedules[workers % 4];
+      Grid({table.workers, kThreads}, schedule, [&] {
+        scale_each_thread(table, coefficients);
+      }).run();
+    }
+    for (size_t t = 0; t < list.size(); ++t) {
+      for (int64_t i = 0; i < list[t].numel; ++i) {
+        const double expected =
+            coefficients[t] == 0.0 ? 0.0 : scaled(before.get(t, i), coefficients[t], list[t].dtype);
+        CHECK(is_same(gradients.get(t, i), expected));
+      }
+    }
+    CHECK(gradients.guards_are_intact());
+  }
+}
+
+void test_clamp() {
+  const Values values = [](int64_t tensor, int64_t i) {
+    if (i % 101 == 7) return i % 2 == 0 ? kNaN : (i % 3 == 0 ? kInfinity : -kInfinity);
+    return static_cast<double>((i * 37 + tensor) % 201 - 100) / 64.0;
+  };
+  for (const double bound : {0.3, 0.0, 1.0, 1e300, kInfinity}) {
+    for (int64_t workers = 1; workers <= 5; workers += 2) {
+      subject = "clamp " + std::to_string(bound);
+      const Gradients before(small_mixed_list(), values);
+      const Gradients gradients(small_mixed_list(), values);
+      for (const SmallTable& table : tables_of(gradients.index(), workers)) {
+        const Schedule schedule = kSchedules[workers % 4];
+        Grid({table.workers, kThreads}, schedule, [&] { clamp_thread(table, bound); }).run();
+      }
+      for (size_t t = 0; t < before.list().size(); ++t) {
+        const DType dtype = before.list()[t].dtype;
+        const double own = dtype == DType::kFloat64 ? bound : static_cast<float>(bound);
+        for (int64_t i = 0; i < before.list()[t].numel; ++i) {
+          const double value = before.get(t, i);
+          const double limited = value > own ? own : (value < -own ? -own : value);
+          CHECK(is_same(gradients.get(t, i), rounded(limited, dtype)));
+        }
+      }
+      CHECK(gradients.guards_are_intact());
+    }
+  }
+}
+
+// The end of a call that only measures, for any number of workers and each dtype of the result.
+void test_finish() {
+  for (const int count :
+       {1, 2, 31, 32, 33, kThreads - 1, kThreads, kThreads + 1, 3 * kThreads + 5}) {
+    for (const Norm norm : kNorms) {
+      Results partials(count);
+      long double sum = 0.0L;
+      for (int i = 0; i < count; ++i) {
+        const double value = 1.0 / (i + 1);
+        partials.to_write()[i] = value;
+        sum = norm == Norm::kInf ? std::max<long double>(sum, value) : sum + value;
+      }
+      partials.publish();
+      subject = "finish " + std::to_string(count);
+      for (const DType dtype : kDTypes) {
+        NormResult norm_result(dtype);
+        const double power_sum =
+            run_finish(norm, partials, count, dtype, norm_result.place(), kSchedules[count % 4]);
+        CHECK(is_close(power_sum, static_cast<double>(sum)));
+        CHECK(norm_result.get() == rounded(finish(norm, power_sum), dtype));
+        CHECK(norm_result.has_only_norm());
+      }
+      CHECK(!is_poison(run_finish(norm, partials, count, DType::kFloat32, nullptr, kSchedules[0])));
+    }
+  }
+  for (const double norm : {1e6, 1e39, 1e-30, kInfinity, kNaN}) {
+    Results partial(1);
+    partial.to_write()[0] = norm;
+    partial.publish();
+    for (const DType dtype : kDTypes) {
+      NormResult result(dtype);
+      run_finish(Norm::kL1, partial, 1, dtype, result.place(), kSchedules[2]);
+      CHECK(is_same(result.get(), rounded(norm, dtype)));
+    }
+  }
+}
+
+}  // namespace gradclip::cuda

@@ -1,0 +1,192 @@
+// How csrc/cuda/plan.h cuts lists into launches and packs their tables, on the host: every tensor
+// is in one launch, launches have as many tensors, tiles and workers as they should, tables say
+// what the index says, and the smallest one that fits is taken. Built and run by
+// tests/test_native_engine.py.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/plan.h"
+
+namespace gradclip::cuda {
+namespace {
+
+int checks = 0;
+
+void check(bool condition, const char* what, int line) {
+  ++checks;
+  if (condition) return;
+  std::printf("line %d: not true: %s\n", line, what);
+  std::exit(1);
+}
+#define CHECK(condition) check(condition, #condition, __LINE__)
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+
+// Of sizes from one element to several tiles; nothing reads the memory, so there is none.
+FlatIndex index_of(int64_t tensors) {
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < tensors; ++i) {
+    char* data = reinterpret_cast<char*>(uintptr_t{1} << 40) + (i << 20);
+    spans.push_back({data, 1 + 977 * (i % 13), kDTypes[i % 4]});
+  }
+  return FlatIndex(spans);
+}
+
+std::vector<const void*> parameters_of(const FlatIndex& index) {
+  std::vector<const void*> parameters;
+  for (const Span& span : index.spans()) {
+    parameters.push_back(static_cast<const char*>(span.data) + (int64_t{1} << 44));
+  }
+  return parameters;
+}
+
+template <class AnyTable>
+void check_table(const AnyTable& table, const FlatIndex& index, const Part& part) {
+  CHECK(table.tensors == part.count());
+  CHECK(table.tiles == part.tiles);
+  CHECK(table.workers == part.workers);
+  CHECK(table.first_worker == part.first_worker);
+  CHECK(table.first_tensor == part.tensors.begin);
+  const int64_t first_tile = index.first_tile(part.tensors.begin);
+  for (int64_t i = 0; i < part.count(); ++i) {
+    const int64_t tensor = part.tensors.begin + i;
+    const Span& span = index.spans()[static_cast<size_t>(tensor)];
+    CHECK(table.data[i] == span.data);
+    CHECK(numel_of(table.numel_and_dtype[i]) == span.numel);
+    CHECK(dtype_of(table.numel_and_dtype[i]) == span.dtype);
+    CHECK(table.first_tile[i] == index.first_tile(tensor) - first_tile);
+    // What the kernels take for the last tile of a tensor.
+    CHECK(end_tile(table.first_tile, table.tensors, table.tiles, static_cast<int32_t>(i)) ==
+          index.end_tile(tensor) - first_tile);
+  }
+}
+
+template <int kCapacity>
+constexpr int capacity_of(const Table<kCapacity>&) {
+  return kCapacity;
+}
+
+void check_parts(const Plan& plan, const FlatIndex& index, int64_t capacity, int64_t most_workers) {
+  int64_t tensors = 0;
+  int64_t tiles = 0;
+  int64_t workers = 0;
+  for (const Part& part : plan.parts()) {
+    CHECK(part.tensors.begin == tensors);
+    CHECK(part.count() == std::min(capacity, index.tensors() - tensors));
+    CHECK(part.first_worker == workers);
+    CHECK(part.workers == std::min(part.tiles, most_workers));
+    tensors = part.tensors.end;
+    tiles += part.tiles;
+    workers += part.workers;
+  }
+  CHECK(tensors == index.tensors());
+  CHECK(tiles == index.tiles());
+  CHECK(plan.partials() == workers);
+  CHECK(plan.slots() == slot_count(tensors, workers));
+}
+
+const int64_t kCounts[] = {1,    2,    39,   40,   41,   189,  190,  191, 1099,
+                           1100, 1101, 1599, 1600, 1601, 2200, 3201, 4000};
+
+void test_tables() {
+  for (const int64_t tensors : kCounts) {
+    const FlatIndex index = index_of(tensors);
+    for (const int64_t capacity : {kMediumTable, kLargeTable}) {
+      for (const int64_t most_workers : {1, 7, 792}) {
+        const Plan plan(index, /*decay=*/nullptr, capacity, most_workers);
+        CHECK(!plan.decays());
+        check_parts(plan, index, capacity, most_workers);
+        size_t seen = 0;
+        const int error = for_tables(plan, [&](const auto& table) {
+          const Part& part = plan.parts()[seen++];
+          check_table(table, index, part);
+          const int64_t count = part.count();
+          CHECK(capacity_of(table) == (count <= kSmallTable    ? kSmallTable
+                                       : count <= kMediumTable ? kMediumTable
+                                                               : kLargeTable));
+          return 0;
+        });
+        CHECK(error == 0);
+        CHECK(seen == plan.parts().size());
+      }
+    }
+  }
+}
+
+void test_decay_tables() {
+  for (const int64_t tensors : kCounts) {
+    const FlatIndex index = index_of(tensors);
+    const std::vector<const void*> parameters = parameters_of(index);
+    const Decay decay = {0.25, parameters.data()};
+    const Plan plan(index, &decay, kLargeDecayTable, 792);
+    CHECK(plan.decays());
+    check_parts(plan, index, kLargeDecayTable, 792);
+    size_t seen = 0;
+    for_decay_tables(plan, [&](const auto& table) {
+      const Part& part = plan.parts()[seen++];
+      check_table(table, index, part);
+      CHECK(table.factor == 0.25);
+      for (int64_t i = 0; i < part.count(); ++i) {
+        CHECK(table.parameters[i] == parameters[static_cast<size_t>(part.tensors.begin + i)]);
+      }
+      CHECK(capacity_of(table) == (part.count() <= kSmallTable ? kSmallTable : kLargeDecayTable));
+      return 0;
+    });
+    CHECK(seen == plan.parts().size());
+  }
+}
+
+// A kernel's parameters may take so many bytes from CUDA 12.1 on, and 4 KB before.
+void test_sizes_of_tables() {
+  constexpr size_t kOtherParameters = 256;
+  CHECK(sizeof(Table<kMediumTable>) <= 4096);
+  CHECK(sizeof(Table<kLargeTable>) + kOtherParameters <= 32764);
+  CHECK(sizeof(DecayTable<kLargeDecayTable>) + kOtherParameters <= 32764);
+}
+
+void test_first_error_ends_the_launches() {
+  const FlatIndex index = index_of(50);
+  const Plan plan(index, /*decay=*/nullptr, 10, 100);
+  int launches = 0;
+  const int error = for_tables(plan, [&](const auto&) { return ++launches == 3 ? 700 : 0; });
+  CHECK(error == 700);
+  CHECK(launches == 3);
+}
+
+void test_empty_list() {
+  const FlatIndex index({});
+  const Plan plan(index, /*decay=*/nullptr, kLargeTable, 100);
+  CHECK(plan.parts().empty());
+  CHECK(plan.partials() == 0);
+  int launches = 0;
+  CHECK(for_tables(plan, [&](const auto&) { return ++launches; }) == 0);
+  CHECK(launches == 0);
+}
+
+void test_one_block() {
+  const auto list = [](int64_t tensors, int64_t numel) {
+    return FlatIndex(
+        std::vector<Span>(static_cast<size_t>(tensors), {nullptr, numel, DType::kFloat32}));
+  };
+  CHECK(fits_one_block(list(1, 128 * 1024)));
+  CHECK(!fits_one_block(list(1, 128 * 1024 + 1)));
+  CHECK(fits_one_block(list(kMediumTable, 1)));
+  CHECK(!fits_one_block(list(kMediumTable + 1, 1)));
+}
+
+}  // namespace
+}  // namespace gradclip::cuda
+
+int main() {
+  using namespace gradclip::cuda;
+  test_tables();
+  test_decay_tables();
+  test_sizes_of_tables();
+  test_first_error_ends_the_launches();
+  test_empty_list();
+  test_one_block();
+  std::printf("%d checks\n", checks);
+}
