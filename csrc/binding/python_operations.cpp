@@ -39,7 +39,7 @@ std::optional<Scalar> read_scalar(py::handle number, const TensorList& tensors) 
   }
   const bool is_readable_as_it_is = binding::is_native(tensor) && binding::is_flat(tensor) &&
                                     tensor.numel() == 1 && !tensor.is_complex() && !tensor.is_neg();
-  const bool is_on_same_gpu = !tensor.is_cpu() && tensor.device() == tensors.device();
+  const bool is_on_same_gpu = tensors.are_on_gpu() && tensor.device() == tensors.device();
   if (!is_readable_as_it_is || !is_on_same_gpu) return std::nullopt;
   result.tensor = tensor;
   return result;

@@ -76,7 +76,7 @@ def test_the_host_reads_a_number_of_the_gpu_in_one_place():
         for file in FILES
         if ".item(" in file.read_text(encoding="utf-8")
     }
-    assert readers == {"binding/cuda_operations.cpp": 1}
+    assert readers == {"binding/cuda_engine.cpp": 1}
 
 
 # Which parts of the package a part may import; a folder counts as one part, open to itself.
