@@ -1,6 +1,6 @@
 """``python -m gradclip_ext``: what is installed, how it was built, and a self-check against torch.
 
-Exits with 1 when a check fails, so that it can stand in a Dockerfile or a job script.
+Exits with 1 when a check fails, so that a Dockerfile or a job script can rely on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 import gradclip_ext
 from gradclip_ext import _C, _built_with
 
-# How far torch's own float32 result may be from the truth on these small gradients.
+# How far torch's own float32 result may be off on these small gradients.
 _AGREEMENT_WITH_TORCH = 1e-4
 _UNITS_IN_THE_LAST_PLACE = 2.0
 
@@ -69,7 +69,7 @@ def _here() -> dict[str, str]:
     devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
     for i in range(torch.cuda.device_count()):
         facts = [torch.cuda.get_device_name(i)]
-        # Of ROCm these are other numbers.
+        # On ROCm the capability has another meaning.
         if _built_with.CUDA is not None and torch.version.cuda is not None:
             facts.append(_coverage(torch.cuda.get_device_capability(i), _built_with.CUDA_CODES))
         devices.append(f"cuda:{i} ({', '.join(facts)})")
@@ -77,12 +77,12 @@ def _here() -> dict[str, str]:
 
 
 def _coverage(capability: tuple[int, int], codes: tuple[str, ...]) -> str:
-    """Returns what a card of this compute capability runs of what was built for `codes`."""
+    """Returns which of the built `codes` a GPU of this compute capability runs."""
     card = f"{capability[0]}.{capability[1]}"
     own, from_ptx = [], []
     for code in codes:
         kind, _, number = code.partition("_")
-        # Those with a letter, such as sm_90a, are for exactly one kind of card.
+        # Codes with a letter, such as sm_90a, run on exactly one compute capability.
         digits = number.rstrip("af")
         major, minor = int(digits[:-1]), int(digits[-1])
         if digits != number and (major, minor) != capability:
@@ -103,7 +103,7 @@ def _problem(check: Callable[[], None]) -> str | None:
         check()
     except AssertionError as error:
         return str(error)
-    except Exception as error:  # whatever it is, the remaining checks still say something
+    except Exception as error:  # of any kind: the remaining checks are still worth running
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -117,7 +117,7 @@ def _expect(found: float, expected: float, tolerance: float, what: str) -> None:
 def _parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     result = []
-    # One larger than what is left to a single thread, one empty, one number.
+    # One too large for a single thread, one empty, one 0-dim.
     for shape in ((300, 700), (17,), (0,), (), (3, 5, 7)):
         parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
         parameter.grad = torch.randn(shape, generator=generator).to(dtype)
@@ -160,18 +160,18 @@ def _check_torch(norm_type: float) -> None:
 
 
 def _check_quiet() -> None:
-    """Gradients below the limit keep every bit."""
+    """Gradients below max_norm keep every bit."""
     parameters = _parameters(torch.float32)
     gradclip_ext.clip_grad_norm_(parameters, 1e6)
     for gradient, original in zip(
         _gradients(parameters), _gradients(_parameters(torch.float32)), strict=True
     ):
         if not torch.equal(gradient, original):
-            raise AssertionError("a gradient below the limit was changed")
+            raise AssertionError("a gradient below max_norm was changed")
 
 
 def _check_value() -> None:
-    """Elements are limited as torch limits them."""
+    """Elements are clamped as torch clamps them."""
     ours, theirs = _parameters(torch.float32), _parameters(torch.float32)
     gradclip_ext.clip_grad_value_(ours, 0.5)
     torch.nn.utils.clip_grad_value_(theirs, 0.5)

@@ -1,4 +1,4 @@
-"""Reading the arguments of the public functions, and what to say when they are wrong.
+"""Checks the arguments of the public functions and words their errors.
 
 Every error names the function, the argument and the index, what was expected and what was found.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[Any, ...]:
     """The argument as a list or tuple; a single tensor becomes a list of one.
 
-    What is in the list is checked later, and only if the native way declines it.
+    Its elements are checked later, and only if the native engine declines the list.
     """
     if type(value) is list or type(value) is tuple:
         return value
@@ -38,7 +38,7 @@ def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[A
 
 
 def _warn_of_empty_generator(function: str) -> None:
-    # As torch: only this function warns. The level points at the line that called it.
+    # As in torch, only this function warns. The stack level points at the caller's line.
     if function == "clip_grad_norm_":
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
@@ -59,7 +59,7 @@ def _remedy_for_container(value: Any) -> str | None:
             "pass [p for group in optimizer.param_groups for p in group['params']] or "
             "model.parameters()"
         )
-    # Python iterates over what has __getitem__, too.
+    # Python also iterates over objects that have __getitem__.
     iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
     if isinstance(value, str) or not iterable:
         return "pass model.parameters()"
@@ -76,7 +76,7 @@ def describe(value: Any) -> str:
 
 
 def count_and_first_difference(expected: Sequence[str], found: Sequence[str]) -> str:
-    """Two lists of names, as few words as tell them apart."""
+    """The first way in which two lists of names differ."""
     if len(expected) != len(found):
         return f"{len(expected)} parameters, found {len(found)}"
     different = next(pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1])
@@ -109,7 +109,7 @@ def norm_type(norm_type: Any, function: str) -> float:
 
 def max_norm(max_norm: Any, function: str) -> float | Tensor:
     """``max_norm`` as a float that is not negative, or as the one-element tensor it came as."""
-    # First and without another call, because it is what nearly every call brings.
+    # First, and without a further call, because nearly every caller passes this.
     if type(max_norm) is float and max_norm >= 0.0:
         return max_norm
     if isinstance(max_norm, Tensor):
@@ -140,7 +140,7 @@ def result_dtype(dtype: Any, function: str) -> None:
 
 
 def one_of(value: Any, choices: Sequence[str], function: str, argument: str) -> str:
-    """One of a few words."""
+    """One of a few strings."""
     if value not in choices:
         raise ValueError(
             f"{function}: {argument} has to be one of {', '.join(map(repr, choices))}, "
@@ -163,7 +163,7 @@ def clip_bound(value: Any, function: str, argument: str) -> float:
 
 
 def weight_decay(value: Any, function: str) -> float:
-    """``weight_decay`` of a clipper, not negative and finite."""
+    """``weight_decay`` of a clipper: finite and not negative."""
     if not (isinstance(value, (int, float)) and 0.0 <= value < float("inf")):
         raise ValueError(
             f"{function}: weight_decay has to be a finite number that is not negative, "
@@ -184,7 +184,7 @@ def non_negative(value: Any, function: str, argument: str) -> float:
 
 
 def positive(value: Any, function: str, argument: str) -> float:
-    """A number greater than 0, which NaN is not."""
+    """A number greater than 0; NaN is refused."""
     expected = "a number greater than 0"
     return _setting(value, function, argument, expected, lambda number: number > 0.0)
 
@@ -198,7 +198,7 @@ def between(value: Any, low: int, high: int, function: str, argument: str) -> fl
 def whole_number(
     value: Any, function: str, argument: str, smallest: int, largest: int | None = None
 ) -> int:
-    """A whole number in a range, of any type that Python takes as an index."""
+    """A whole number in a range, of any type that Python accepts as an index."""
     expected = (
         f"a whole number that is at least {smallest}"
         if largest is None
@@ -213,7 +213,7 @@ def whole_number(
 
 
 def patterns(value: Any, function: str, argument: str) -> tuple[str, ...]:
-    """Patterns of names; a single one is refused, which would be a pattern for each letter."""
+    """Name patterns; a single string is refused, as it would give a pattern for each letter."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(
             f"{function}: {argument} has to be an iterable of patterns, found {value!r}"
@@ -226,7 +226,7 @@ def patterns(value: Any, function: str, argument: str) -> tuple[str, ...]:
 
 
 def named_parameters(value: Any, function: str) -> list[tuple[str, Tensor]]:
-    """Pairs of a name and a tensor, as ``module.named_parameters()`` gives them."""
+    """Pairs of a name and a tensor, as ``module.named_parameters()`` yields them."""
     if isinstance(value, (torch.nn.Module, Tensor, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(
             f"{function}: named_parameters has to be an iterable of pairs of a name and a tensor, "
@@ -243,7 +243,7 @@ def named_parameters(value: Any, function: str) -> list[tuple[str, Tensor]]:
 
 
 def is_named_parameter(item: Any) -> bool:
-    """Whether it is a pair as torch gives them; a tensor of two elements is none."""
+    """Whether an item is a pair of a name and a tensor, which a tensor of two elements is not."""
     return (
         isinstance(item, tuple)
         and len(item) == 2
@@ -278,7 +278,7 @@ def _setting(
     value: Any, function: str, argument: str, expected: str, accepts: Callable[[float], bool]
 ) -> float:
     """A number for the constructor of a rule."""
-    # Not what float() takes: that would wait for a tensor, and read strings.
+    # Stricter than float(), which would sync on a tensor and parse a string.
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{function}: {argument} has to be {expected}, found {value!r}")
     if not accepts(float(value)):
@@ -289,7 +289,7 @@ def _setting(
 def nonfinite_error(
     norm_type: float, gradients: Sequence[Tensor], names: Sequence[str]
 ) -> RuntimeError:
-    """Torch's error for a non-finite norm, and which gradients are to blame."""
+    """Torch's error for a non-finite norm, and the first gradient that is to blame."""
     message = (
         f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so "
         "it cannot be clipped. To disable this error and scale the gradients by the non-finite "

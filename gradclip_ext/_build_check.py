@@ -1,6 +1,6 @@
-"""Says what to run when gradclip_ext._C and the installed torch do not fit together.
+"""Says what to run when gradclip_ext._C does not match the installed torch.
 
-A compiled extension works only with the torch it was built against. Under another one it fails to
+A compiled extension works only with the torch it was built against. With another one it fails to
 load with `undefined symbol`, or worse, loads. So the package calls `check` before it loads `_C`.
 """
 
@@ -16,7 +16,7 @@ _SOURCE_FOLDER = Path(__file__).resolve().parent.parent
 
 
 class BuildFacts(NamedTuple):
-    """What has to agree between the build and the interpreter that loads it."""
+    """What has to match between the build and the interpreter that loads it."""
 
     torch: str
     cuda: str | None
@@ -25,7 +25,7 @@ class BuildFacts(NamedTuple):
 
 
 def installed() -> BuildFacts | None:
-    """Returns the facts of the installed torch, None if there is no torch."""
+    """Returns the facts of the installed torch, or None if there is no torch."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -39,7 +39,7 @@ def installed() -> BuildFacts | None:
 
 
 def built_with() -> BuildFacts | None:
-    """Returns the facts that the build wrote down, None if the package has not been built."""
+    """Returns the facts that the build recorded, or None if the package has not been built."""
     if importlib.util.find_spec("gradclip_ext._built_with") is None:
         return None
     built = importlib.import_module("gradclip_ext._built_with")
@@ -49,9 +49,9 @@ def built_with() -> BuildFacts | None:
 def problem(
     built: BuildFacts | None, present: BuildFacts | None, has_extension: bool, build_command: str
 ) -> str | None:
-    """Returns what keeps `_C` from loading, as found, expected and command; None if nothing does.
+    """Returns why `_C` cannot be loaded, as found, expected and command; None if it can.
 
-    `built` is None where the package has not been built, `present` where there is no torch, and
+    `built` is None if the package has not been built, `present` if there is no torch, and
     `has_extension` tells whether there is a `_C` for the running interpreter.
     """
     if built is None:
@@ -81,7 +81,7 @@ def problem(
 
 
 def check() -> None:
-    """Raises ImportError if loading `_C` would fail, with the command that mends it."""
+    """Raises ImportError if loading `_C` would fail, with the command that fixes it."""
     has_extension = importlib.util.find_spec("gradclip_ext._C") is not None
     message = problem(built_with(), installed(), has_extension, build_command(_SOURCE_FOLDER))
     if message is not None:
@@ -89,14 +89,14 @@ def check() -> None:
 
 
 def build_command(folder: Path) -> str:
-    """Returns the command that builds the package, which lies in `folder`."""
+    """Returns the command that builds the package in `folder`."""
     if (folder / "setup.py").is_file():
         return f"pip install -e {folder}"
     return "pip install --force-reinstall --no-deps .    (in the source folder of gradclip_ext)"
 
 
 def _compared(facts: BuildFacts) -> tuple[str, ...]:
-    """Returns what decides whether a build fits: a patch release or a minor CUDA does not."""
+    """Returns what has to match; a patch release or a minor version of CUDA does not."""
     return (
         f"Python {facts.python}",
         f"torch {_major_minor(facts.torch)}",
@@ -110,5 +110,5 @@ def _major_minor(version: str) -> str:
 
 
 def _public(version: str) -> str:
-    """Returns a version without its local part (+cpu), which package indexes do not know."""
+    """Returns a version without its local part (+cpu), which package indexes do not have."""
     return version.partition("+")[0]

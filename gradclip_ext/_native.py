@@ -1,7 +1,7 @@
-"""Loads the compiled engine, once, after a look at whether it fits the installed torch.
+"""Loads the compiled engine, once, after checking that it matches the installed torch.
 
-Imported before everything else of the package, so that a missing or replaced torch is met here and
-ends in a message that says what to run.
+Imported before the rest of the package, so that a missing or replaced torch is found here, with a
+message that says what to run.
 """
 
 from gradclip_ext import _build_check

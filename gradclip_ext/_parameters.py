@@ -1,4 +1,4 @@
-"""Parameters, their names and their groups, collected once from whatever a caller has."""
+"""Parameters, their names and their groups, collected once from whatever the caller passes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from gradclip_ext import _C, _arguments
 
 @functools.lru_cache(maxsize=16)
 def default_names(count: int) -> tuple[str, ...]:
-    """What to call parameters that came without names."""
+    """Names for parameters that were passed without any."""
     return tuple(f"parameters[{index}]" for index in range(count))
 
 
 class Collection:
     """Parameters collected from a module, from named or plain parameters, or from groups.
 
-    Walking ``module.parameters()`` each step would take longer than clipping does, so the result is
-    kept, together with what it was read from: as long as that still holds the same objects, nothing
-    has changed.
+    Walking ``module.parameters()`` at each step would take longer than clipping, so the result is
+    cached, together with the containers it was read from: while these hold the same objects,
+    nothing has changed.
 
     Attributes:
-        names: what to call each parameter.
-        parameters: the parameters, each of them once.
-        groups: for each group the range of its parameters; a single one where there are no groups.
+        names: the name of each parameter.
+        parameters: the parameters, in the order of the source.
+        groups: the range of each group's parameters; a single range if there are no groups.
     """
 
     def __init__(self, source: Any, function: str) -> None:
         self._function = function
-        # What cannot be read twice is read once.
+        # Made a list, since an iterator can be read only once.
         self._source = source if _is_watched(source) else _listed(source, function)
         self._collect()
 
     def refresh(self) -> bool:
-        """Read the source anew if it has changed; returns whether that gave other parameters."""
+        """Read the source again if it has changed; return whether its parameters have."""
         if _C.hold_exactly(self._containers, self._expected) and self._groups_are_the_same():
             return False
         before = self.parameters
@@ -83,7 +83,7 @@ class Collection:
                     f"{self._function}: groups[{number}] has to be a dict with the key 'params', "
                     f"found {_arguments.describe(group)}"
                 )
-            # As optimizers do, which make lists of them.
+            # Turned into a list, as optimizers do.
             parameters = group["params"]
             if isinstance(parameters, Tensor):
                 parameters = [parameters]
@@ -103,7 +103,7 @@ class Collection:
         return pairs
 
     def _groups_are_the_same(self) -> bool:
-        """A group may have been given another list; the old one still holds the same."""
+        """Whether no group was given a new list: the old one would still look unchanged."""
         if not self._group_lists:
             return True
         source = self._source
@@ -123,7 +123,7 @@ class Collection:
 
 
 def _is_watched(source: Any) -> bool:
-    """Whether the source may hold other parameters later, and says so."""
+    """Whether the source may hold other parameters later, and can be read again."""
     if isinstance(source, (torch.nn.Module, torch.optim.Optimizer)):
         return True
     return isinstance(source, list) and bool(source) and isinstance(source[0], dict)

@@ -1,4 +1,4 @@
-"""A clipper that knows its parameters, and what it reports."""
+"""A clipper for the parameters of one model, and its report."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["ClipReport", "GradClipper"]
 
 _CALLER = _ops.Caller("GradClipper")
 
-# What to do with a norm that is not finite, and the coefficient that does it, where one does.
+# The policies for a non-finite norm, with the coefficient that carries each out, if one does.
 _POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
 
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What :meth:`GradClipper.report` read: plain numbers, of the last step and of all.
+    """What :meth:`GradClipper.report` returns: plain numbers, of the last step and of all steps.
 
     Attributes:
-        names: what the parameters are called.
-        norms: the norm of each gradient before the last step's clipping; 0 without one.
-        total_norm: the norm of all together.
-        coefficient: the smallest number that a gradient was multiplied by in the last step.
-        limits: the thresholds of the last step, one for each group; that of a rule with a limit for
-            each parameter is the smallest.
+        names: the names of the parameters.
+        norms: the norm of each gradient before the last step's clipping; 0 without a gradient.
+        total_norm: the norm of all gradients together.
+        coefficient: the smallest coefficient of the last step; 1 if no limit took effect.
+        limits: the limits of the last step, one for each group; the smallest one of a rule with a
+            limit for each parameter.
         steps: calls of :meth:`GradClipper.clip_`.
-        clipped_steps: those that made a gradient smaller.
+        clipped_steps: those with a finite norm and a coefficient below 1.
         nonfinite_steps: those whose norm was NaN or infinite.
     """
 
@@ -68,14 +68,14 @@ class ClipReport:
 
 @dataclass
 class _Step:
-    """What a step measured and decided: numbers that the host knows, or tensors on the device.
+    """What a step measured and decided: numbers known on the host, or tensors on the device.
 
     Attributes:
-        total: the norm of all gradients.
-        norms: the norm of each.
-        is_finite: whether the total is.
-        limits: for each group, of all its gradients together, or of each as a 1-D tensor.
-        coefficients: the same, after the policy.
+        total: the norm of all gradients together.
+        norms: the norm of each gradient.
+        is_finite: whether the total is finite.
+        limits: for each group, one for all its gradients together, or a 1-D tensor with one each.
+        coefficients: likewise, with the policy applied.
     """
 
     total: Tensor
@@ -85,7 +85,7 @@ class _Step:
     coefficients: list[Scalar]
 
     def clips(self) -> bool | Tensor:
-        """Whether a finite gradient was made smaller."""
+        """Whether the total is finite and a coefficient below 1."""
         clips: bool | Tensor = False
         for coefficient in self.coefficients:
             clips = clips | (_ops.smallest(coefficient, self.total.device) < 1.0)
@@ -93,31 +93,33 @@ class _Step:
 
 
 class GradClipper:
-    """Clips the gradients of one model, step after step, and remembers what it saw.
+    """Clips the gradients of one model at every step, and keeps statistics.
 
-    It collects the parameters once, and again when the model or the optimizer has got others.
-    Nothing it does waits for a GPU, but for the policy ``"raise"`` and what reads numbers:
-    :meth:`report` and :meth:`state_dict`.
+    It collects the parameters once, and again when those of the model or the optimizer change.
+    There is no device sync, except for the policy ``"raise"`` and for what reads numbers:
+    :meth:`report`, :meth:`state_dict` and :meth:`load_state_dict`.
 
     Args:
         source: a module, its ``named_parameters()``, parameters, or an optimizer or its
             ``param_groups``.
-        max_norm: largest norm, positive; or a rule that finds one, such as
+        max_norm: largest norm, positive; or a rule that gives a limit, such as
             :class:`gradclip_ext.AutoClip`; or a sequence with one of these for each parameter
-            group, each group then being clipped by its own norm. With ``inf`` the norms are only
-            measured.
-        clip_value: largest magnitude of an element, limited after the norm.
-        norm_type: order of the norm.
+            group, which is then clipped by its own norm. With ``inf`` the norms are only measured.
+        clip_value: largest magnitude of an element; clamped after the norm is clipped.
+        norm_type: type of the p-norm.
         nonfinite: what to do with a norm that is NaN or infinite. ``"propagate"``: what torch does.
-            ``"raise"``: a RuntimeError that names the culprits, with nothing changed. ``"zero"``:
-            all gradients become 0. ``"skip"``: they stay as they are, and ``found_inf`` says so.
+            ``"raise"``: a RuntimeError that names the first non-finite gradient, with nothing
+            changed. ``"zero"``: all gradients become 0. ``"skip"``: they are not scaled, and
+            ``found_inf`` becomes 1.
         weight_decay: coupled L2 regularization, added to the gradients before they are measured,
-            in the same pass; see :func:`gradclip_ext.add_weight_decay_`. Give the optimizer none.
+            in the same pass; see :func:`gradclip_ext.add_weight_decay_`. Leave that of the
+            optimizer at 0.
 
     Attributes:
-        found_inf: 1-element float32 tensor, 1 if the last norm was not finite, else 0. Once handed
-            to one of torch's fused optimizers, ``optimizer.found_inf = clipper.found_inf``, it
-            makes that leave the parameters alone in such a step.
+        found_inf: float32 tensor of shape ``(1,)``, 1 if the last norm was not finite, else 0.
+            Handed once to one of torch's fused optimizers, it makes the optimizer skip the update
+            in such a step: ``optimizer.found_inf = clipper.found_inf`` for fused SGD, and the 0-dim
+            view ``clipper.found_inf[0]``, the same memory, for fused Adam, AdamW and Adagrad.
 
     Raises:
         TypeError: an argument or a parameter has the wrong type.
@@ -162,20 +164,20 @@ class GradClipper:
         writes_elements = clip_value is not None or any(isinstance(r, AGC) for r in self._rules)
         if nonfinite == "skip" and writes_elements:
             raise ValueError(
-                f"{function}: nonfinite='skip' leaves the gradients as they are, which only a GPU "
-                "would know in time; it cannot be combined with clip_value or AGC"
+                f"{function}: nonfinite='skip' cannot be combined with clip_value or AGC, which "
+                "would change the gradients before the host knows whether their norm is finite"
             )
         self._steps = 0
-        # On a GPU they become tensors there, which are read only when somebody asks.
+        # On a GPU these become tensors there, read only on demand.
         self._clipped_steps: int | Tensor = 0
         self._nonfinite_steps: int | Tensor = 0
         self._last: _Step | None = None
-        # Written in place, so that it has to be handed over only once.
+        # Written in place, so that it needs to be handed over only once.
         self.found_inf = torch.zeros(1, device=self._collection.parameters[0].device)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters, as collected last."""
+        """The parameters, as last collected."""
         return list(self._collection.parameters)
 
     @torch.no_grad()
@@ -187,7 +189,8 @@ class GradClipper:
 
         Raises:
             RuntimeError: the norm is not finite and the policy is ``"raise"``.
-            ValueError: there are other parameters than before, and a rule has limits for each.
+            ValueError: the number of parameter groups has changed, or that of the parameters for
+                a rule with a limit for each.
         """
         self._collection.refresh()
         parameters = self._collection.parameters
@@ -215,7 +218,7 @@ class GradClipper:
                 self._decide(step, limit, group_norms, rule.epsilon)
             else:
                 self._decide(step, _ops.known(limit), number, rule.epsilon)
-        # These first, since they may refuse a gradient.
+        # AGC first, since it may refuse a gradient.
         for rule, own, group in zip(self._rules, ranges, groups, strict=True):
             if isinstance(rule, AGC):
                 names = self._collection.names[own.start : own.stop]
@@ -230,7 +233,7 @@ class GradClipper:
         return total
 
     def report(self) -> ClipReport:
-        """What the clipper saw. Waits for the GPU, so ask for it as often as you log.
+        """The statistics so far. Syncs with the GPU, so call it only as often as you log.
 
         Raises:
             RuntimeError: nothing has been clipped yet.
@@ -250,7 +253,7 @@ class GradClipper:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the state of the rules, to be saved beside the model's and optimizer's."""
+        """Counters and the state of the rules, to save with those of model and optimizer."""
         return {
             "names": list(self._collection.names),
             "steps": self._steps,
@@ -260,7 +263,7 @@ class GradClipper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a clipper with the same parameters and rules was.
+        """Resume from the state of a clipper with the same parameters and rules.
 
         Raises:
             ValueError: the state is that of another model or of other rules; nothing is changed.
@@ -318,7 +321,7 @@ class GradClipper:
         return [_rule(rule, f"max_norm[{i}]") for i, rule in enumerate(max_norm)]
 
     def _ranges(self) -> list[range]:
-        """What each rule is for: all parameters where there is one, else a group."""
+        """The parameters of each rule: all for a single rule, else those of its group."""
         if len(self._rules) == 1:
             return [range(len(self._collection.parameters))]
         if len(self._rules) != len(self._collection.groups):
@@ -329,14 +332,14 @@ class GradClipper:
         return self._collection.groups
 
     def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The norm of all groups, and the norms of all gradients, where the first group lies."""
+        """The norm of all groups and those of all gradients, on the first group's device."""
         device = measured[0][0].device
         totals = torch.stack([total.to(device) for total, _ in measured])
         norms = torch.cat([norms.to(device) for _, norms in measured])
         return torch.linalg.vector_norm(totals, self._norm_type), norms
 
     def _decide(self, step: _Step, limit: Scalar, norm: Scalar, epsilon: float) -> None:
-        """Make the coefficient that keeps a norm within its limit, or the policy's."""
+        """Add the limit and its coefficient to the step, or the policy's coefficient."""
         coefficient = _ops.clip_coefficient(limit, norm, epsilon)
         instead = _POLICIES[self._nonfinite]
         if instead is not None:
@@ -353,7 +356,7 @@ class GradClipper:
         if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
             _ops.scale_each_(group, coefficient, _CALLER)
         elif clears and (isinstance(coefficient, Tensor) or coefficient == 0.0):
-            # Not multiplied all alike, which would leave NaN: here 0 clears.
+            # Not scale_, in which 0 * NaN would remain NaN: here 0 clears.
             each = torch.as_tensor(coefficient, dtype=torch.float64, device=device)
             _ops.scale_each_(group, each.expand(len(group)).contiguous(), _CALLER)
         else:

@@ -1,7 +1,7 @@
 """Drop-in replacements for the gradient clipping functions of :mod:`torch.nn.utils`.
 
 Same names, positional order, defaults, warnings and error texts; what is added is keyword-only.
-Each function checks and names its arguments here and leaves the work to :mod:`gradclip_ext._ops`.
+Each function checks its arguments here and leaves the work to :mod:`gradclip_ext._ops`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def clip_grad_norm_(
 
     Args:
         parameters: the tensors whose ``.grad`` is clipped, or a single one. Those without a
-            gradient are passed over.
+            gradient are skipped.
         max_norm: largest norm the gradients may keep, not negative. With ``inf`` the norm is only
             measured. A one-element tensor is not checked: negative or NaN there makes the
             gradients NaN.
-        norm_type: order of the norm, ``2.0``, ``1.0``, ``inf`` (also as ``'inf'``), or any other
+        norm_type: type of the p-norm: ``2.0``, ``1.0``, ``inf`` (also as ``'inf'``), or any other
             number.
         error_if_nonfinite: raise, with every gradient unchanged, when the norm is NaN or infinite.
         foreach: accepted for compatibility; chooses between torch's operations for the tensors
-            that take the way through them.
+            that take the fallback.
         dtype: ``torch.float32`` or ``torch.float64`` for a result that is not rounded to the
             gradients' own dtype.
 
@@ -85,14 +85,14 @@ def get_total_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute the norm of an iterable of tensors, as if they were one vector.
+    """Compute the norm of an iterable of tensors, as if they were concatenated into one vector.
 
     Drop-in for :func:`torch.nn.utils.get_total_norm`.
 
     Args:
-        tensors: tensors of any shape, dtype and memory layout, or a single one. These are measured
-            themselves; pass gradients, not parameters.
-        norm_type: order of the norm, as in :func:`clip_grad_norm_`.
+        tensors: tensors of any shape, dtype and memory layout, or a single one. The tensors
+            themselves are measured: pass gradients, not parameters.
+        norm_type: type of the p-norm, as in :func:`clip_grad_norm_`.
         error_if_nonfinite: raise when the norm is NaN or infinite.
         foreach: as in :func:`clip_grad_norm_`.
         dtype: as in :func:`clip_grad_norm_`.
@@ -123,7 +123,7 @@ def clip_grads_with_norm_(
     r"""Scale the gradients of an iterable of parameters by a norm that is already known.
 
     Drop-in for :func:`torch.nn.utils.clip_grads_with_norm_`: the second half of
-    :func:`clip_grad_norm_`, for a norm from :func:`get_total_norm` or from elsewhere, say one
+    :func:`clip_grad_norm_`, for a norm from :func:`get_total_norm` or from elsewhere, such as one
     reduced over ranks.
 
     Args:
@@ -152,13 +152,13 @@ def clip_grad_value_(
     clip_value: float,
     foreach: bool | None = None,
 ) -> None:
-    r"""Limit each element of the gradients to :math:`[-\text{clip\_value}, \text{clip\_value}]`.
+    r"""Clamp each element of the gradients to :math:`[-\text{clip\_value}, \text{clip\_value}]`.
 
     Drop-in for :func:`torch.nn.utils.clip_grad_value_`. NaN stays NaN. Does nothing when there is
     no gradient.
 
     Args:
-        parameters: the tensors whose ``.grad`` is limited in place, or a single one.
+        parameters: the tensors whose ``.grad`` is clamped in place, or a single one.
         clip_value: largest magnitude an element may keep, not negative.
         foreach: as in :func:`clip_grad_norm_`.
 

@@ -1,4 +1,4 @@
-"""The norm of each gradient, and of all together, from one pass."""
+"""The norm of each gradient and of all gradients together, in one pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GradNorms(NamedTuple):
         total: the norm of all gradients together, a 0-dim tensor.
         norms: the norm of each gradient, a 1-D tensor with an entry for each parameter; 0 where a
             parameter has no gradient.
-        names: what the parameters are called, in the same order.
+        names: the names of the parameters, in the same order.
     """
 
     total: Tensor
@@ -33,16 +33,16 @@ class GradNorms(NamedTuple):
 def grad_norms(
     source: Any, norm_type: float = 2.0, *, dtype: torch.dtype | None = None
 ) -> GradNorms:
-    """Measure the gradients of a model together and each, in one pass.
+    """Compute the norm of each gradient of a model and of all together, in one pass.
 
-    The norms stay on the gradients' device, and nothing waits for it.
+    The norms stay on the gradients' device, without a device sync.
 
     Args:
         source: a module, its ``named_parameters()``, parameters, or an optimizer or its
             ``param_groups``.
-        norm_type: order of the norm, as in :func:`gradclip_ext.clip_grad_norm_`.
+        norm_type: type of the p-norm, as in :func:`gradclip_ext.clip_grad_norm_`.
         dtype: ``torch.float32`` or ``torch.float64``, what the results are rounded to. Without it
-            they are float64 tensors, as good as the gradients' own dtype asks for.
+            they are float64 tensors, as accurate as the gradients' own dtype asks for.
 
     Returns:
         The total norm, the norm of each gradient and the names, see :class:`GradNorms`.
@@ -60,7 +60,7 @@ def grad_norms(
     norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    # A list of parameters is not looked through in Python: that takes longer than measuring.
+    # A list of parameters is not walked in Python: that takes longer than measuring.
     is_list = type(source) is list or type(source) is tuple
     measured = _ops.native_grad_norms(source, norm_type, dtype) if is_list else None
     if measured is not None:

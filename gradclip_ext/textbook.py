@@ -1,8 +1,8 @@
-"""Clipping and weight decay under the names and with the formulas that textbooks teach.
+"""Clipping and weight decay with the names and formulas of textbooks.
 
 For code that follows a book or an old tutorial, unchanged; new code is better served by
-:func:`gradclip_ext.clip_grad_norm_`. The gradients are measured and scaled by the same engines, so
-everything that holds there for dtypes, layouts and accuracy holds here.
+:func:`gradclip_ext.clip_grad_norm_`. The same engines measure and scale the gradients, so what
+holds there for dtypes, layouts and accuracy holds here.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ def grad_clipping(net: Any, theta: float) -> Tensor:
     r"""Clip the gradients of a network as in the book "Dive into Deep Learning".
 
     The function of that name in Zhang, Lipton, Li and Smola, "Dive into Deep Learning" (2023),
-    from the chapter on recurrent networks. The gradients together are projected back onto the ball
-    of radius :math:`\theta`, scaled in place by
+    from the chapter on recurrent networks. All gradients together are projected onto the ball of
+    radius :math:`\theta`, that is, scaled in place by
 
     .. math:: \min\left(1, \frac{\theta}{\lVert\mathbf{g}\rVert}\right)
 
     computed in float64 from the unrounded norm. Nothing is added to the norm, unlike in
     :func:`gradclip_ext.clip_grad_norm_`. As in the book, a norm that is not above ``theta`` changes
-    nothing, and neither does one that is NaN. Unlike in the book, parameters without a gradient
-    are passed over, and the norm is returned. On a GPU nobody waits for it.
+    nothing, and neither does a NaN norm. Unlike in the book, parameters without a gradient are
+    skipped, and the norm is returned, on a GPU without a device sync.
 
     Args:
-        net: a module, of which the parameters that require gradients are taken; or any other object
-            that holds its parameters in a list ``params``, like the book's networks from scratch.
+        net: a module, whose parameters that require gradients are clipped; or any other object
+            that holds its parameters in a list ``params``, like the networks that the book writes
+            from scratch.
         theta: largest norm the gradients may keep, a number that is not negative.
 
     Returns:
@@ -47,7 +48,7 @@ def grad_clipping(net: Any, theta: float) -> Tensor:
 
     Raises:
         RuntimeError: a gradient cannot be written to, because its elements share memory.
-        TypeError: ``net`` is neither of the two, ``theta`` is not a number, or what is in
+        TypeError: ``net`` is neither of the two, ``theta`` is not a number, or an element of
             ``params`` is not a tensor.
         ValueError: ``theta`` is negative or NaN.
 
@@ -68,7 +69,7 @@ def grad_clipping(net: Any, theta: float) -> Tensor:
 
 
 def _parameters_of(net: Any, function: str) -> list[tuple[str, Tensor]]:
-    """What the book clips of a network, each with what to call it in a message."""
+    """The parameters of a network that the book clips, with their names in messages."""
     if isinstance(net, torch.nn.Module):
         return [(f"net.{name}", p) for name, p in net.named_parameters() if p.requires_grad]
     if not hasattr(net, "params"):
@@ -89,22 +90,22 @@ def add_weight_decay_(parameters: Tensor | Iterable[Tensor], weight_decay: float
 
     That is the gradient of the L2 penalty :math:`\frac{\lambda}{2} \lVert\mathbf{w}\rVert^2`, as
     in Krogh and Hertz, "A Simple Weight Decay Can Improve Generalization" (1991), and what
-    :class:`torch.optim.SGD` does with its ``weight_decay``, element for element. Called before
-    clipping, the penalty counts in the norm; an optimizer's own ``weight_decay`` comes after
-    clipping and does not. For :class:`torch.optim.AdamW`, whose weight decay never enters the
-    gradients, there is nothing to call.
+    :class:`torch.optim.SGD` does with its ``weight_decay``, element for element. Call it before
+    clipping, so that the penalty counts in the norm; an optimizer's own ``weight_decay`` comes
+    after clipping and does not. The weight decay of :class:`torch.optim.AdamW` never enters the
+    gradients, so there it is not needed.
 
     Args:
         parameters: the tensors whose ``.grad`` is added to, or a single one. Those without a
-            gradient are passed over; one that is listed twice counts once.
+            gradient are skipped; one that is listed twice counts once.
         weight_decay: the factor, a number that is not negative. With 0 nothing is written.
 
     Raises:
         RuntimeError: a gradient cannot be written to, because its elements share memory.
         TypeError: an argument or an element of ``parameters`` has the wrong type; or a gradient is
-            sparse, where every element of the parameter would have to be added.
+            sparse, which would have to become dense.
         ValueError: ``weight_decay`` is negative, NaN or too large for a gradient's dtype; or a
-            gradient has not its parameter's shape.
+            gradient does not have its parameter's shape.
 
     Example:
         >>> import torch
@@ -133,8 +134,8 @@ def clip_grad_norm(
 ) -> Tensor:
     """Clip the gradient norm of an iterable of parameters, under the old name.
 
-    Drop-in for :func:`torch.nn.utils.clip_grad_norm`, deprecated like it, and the same as
-    :func:`gradclip_ext.clip_grad_norm_`, whose arguments, result and errors it has.
+    Drop-in for :func:`torch.nn.utils.clip_grad_norm`, and deprecated like it. Arguments, result and
+    errors are those of :func:`gradclip_ext.clip_grad_norm_`, except that there is no ``dtype``.
 
     Example:
         >>> import torch, warnings

@@ -1,13 +1,13 @@
-"""The operations on gradients, and who does them: the native engine, else torch's operations.
+"""The operations on gradients: by the native engine, else by torch's own operations.
 
 This is the only place that knows of both. Unless a compiler is tracing, each operation offers its
-list to ``_C``, which takes it as a whole or answers None with nothing changed. What it declines
+list to ``_C``, which takes it as a whole or returns None with nothing changed. What it declines
 goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
-and name the arguments; from here on they are known to be of the right types.
+the arguments; here they are known to have the right types.
 
-``parameters`` are tensors whose ``.grad`` is meant, ``tensors`` are meant themselves; both are
-lists or tuples, whose elements are checked here. ``caller`` says how messages name the function and
-its list.
+An operation on ``parameters`` works on their ``.grad``, one on ``tensors`` on the tensors
+themselves; both are lists or tuples, whose elements are checked here. ``caller`` says how messages
+name the function and its list.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def grad_norms(
 ) -> tuple[Tensor, Tensor]:
     """The norm of all gradients and of each: 0-dim and 1-D, float64, on the first one's device.
 
-    The second has an entry for each parameter, 0 where it has no gradient. With ``weight_decay``
-    each gradient first has that multiple of its parameter added to it, in the same pass.
-    ``dtype`` is what the caller rounds the norms to, None for that of the gradients: they are
-    measured no more accurately than that asks for.
+    The second has an entry for each parameter, 0 where it has no gradient. With ``weight_decay``,
+    that multiple of its parameter is added to each gradient first, in the same pass if native.
+    ``dtype`` is what the caller rounds the norms to, None for that of the gradients; they are
+    measured only as accurately as it requires.
     """
     norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
     if norms is None and weight_decay > 0.0:
@@ -133,12 +133,12 @@ def native_grad_norms(
     dtype: torch.dtype | None,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
-    """As :func:`grad_norms`; None, with nothing changed, where the list is not wholly native."""
+    """As :func:`grad_norms`; None, with nothing changed, unless the whole list is native."""
     return None if compiling() else _C.grad_norms(parameters, norm_type, dtype, weight_decay)
 
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
-    """Multiply every gradient by a number, or by a 0-dim tensor that is not waited for."""
+    """Multiply every gradient by a number, or by a 0-dim tensor without a device sync."""
     if compiling() or _C.scale_(parameters, coefficient) is None:
         fallback.scale_(parameters, coefficient, caller)
 
@@ -146,7 +146,7 @@ def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> No
 def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller) -> None:
     """Multiply each gradient by its own entry of a 1-D float64 tensor.
 
-    1 writes nothing, 0 clears the gradient, also what is not finite in it.
+    1 leaves it unchanged, 0 clears it, non-finite elements included.
     """
     if compiling() or _C.scale_each_(parameters, coefficients) is None:
         fallback.scale_each_(parameters, coefficients, caller)
@@ -158,7 +158,7 @@ def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Ca
 
 
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
-    """Scale the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
+    """Project the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
     return fallback.project_(parameters, max_norm, caller)
 
 
@@ -168,6 +168,6 @@ def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, calle
 
 
 def _known_max_norm(max_norm: Scalar) -> Scalar:
-    """As :func:`known`; a negative number in a tensor counts as NaN, as on devices."""
+    """As :func:`known`; a negative number in a tensor counts as NaN, as it does on a GPU."""
     number = known(max_norm)
     return math.nan if type(number) is float and number < 0.0 else number

@@ -1,9 +1,9 @@
-"""The operations on lists that the native engine declined, and every error they can end with.
+"""The operations on lists that the native engine declined, and every error they can raise.
 
 The native functions of ``_C`` decline a list, with nothing changed, as soon as anything in it is
-out of the ordinary. It is then sorted: what is native after all (sparse values, strided views with
-gaps) goes back to ``_C``, the rest to torch's operations, and the two meet in one norm. Everything
-that can be wrong is found before the first gradient is written.
+unusual. It is then sorted: what is native after all (sparse values, strided views with gaps) goes
+back to ``_C``, the rest to torch's operations, and both are combined into one norm. Every error is
+found before the first gradient is written.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def clip_grads_with_norm_(
     if isinstance(total_norm, Tensor):
         norm = dtensor.whole(total_norm).detach().reshape(())
     else:
-        # Named, because a default device may be set that has no number to read.
+        # The device is explicit, because a default device such as meta has no number to read.
         norm = torch.tensor(total_norm, dtype=torch.float64, device="cpu")
     if gradients.native:
-        # Without rounding to a 16-bit norm's dtype on the way.
+        # So that nothing is rounded to a 16-bit norm's dtype in between.
         norm = norm.to(torch.float64)
     with _profiler_range(caller):
         _clip(gradients, max_norm, norm, foreach)
@@ -119,7 +119,7 @@ def clip_grad_value_(
     refuse_integers(given, names, caller.function)
     refuse_unwritable(given, names, caller.function)
     for gradient in given:
-        # What an element is, is known only after the values at one place are added up.
+        # The value of an element is known only once the entries at its index are summed.
         if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
             gradient.copy_(gradient.coalesce())
     gradients = Gradients(given, names)
@@ -142,7 +142,7 @@ def grad_norms(
         return Gradients(tensors, names, norm_type).total_norm(norm_type, None, torch.float64)[0]
 
     with _profiler_range(caller):
-        # As a whole, like get_total_norm; the norms of the parts do not add up for every order.
+        # As a whole, like get_total_norm: norms of parts do not combine for every norm_type.
         total = norm_of(given, names)
         nothing = torch.zeros_like(total)
         each = [
@@ -189,12 +189,12 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
     refuse_unwritable(given, names, caller.function)
     with _profiler_range(caller):
         _, norm = gradients.total_norm(2.0, None, torch.float64)
-        # As a tensor, because torch divides a number by multiplying with a rounded reciprocal.
+        # A tensor, because torch divides a number by multiplying it by a rounded reciprocal.
         radius = torch.full_like(norm, max_norm)
-        # A comparison, not a clamped quotient: that would be NaN for 0 / 0, and for a norm of NaN.
+        # A comparison, since a clamped quotient would be NaN for 0 / 0 and for a NaN norm.
         coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
         gradients.scale_(coefficient, None)
-    # Real dtypes are left out of to_real(), which torch.compile cannot trace.
+    # to_real() only for complex dtypes, because torch.compile cannot trace it.
     dtype = functools.reduce(torch.promote_types, [gradient.dtype for gradient in given])
     return norm.to(dtype.to_real() if dtype.is_complex else dtype)
 
@@ -211,10 +211,10 @@ def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Ca
     refuse_unwritable(given, names, caller.function)
 
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    # As keys, so that no multi-tensor operation writes the same memory from two sides at once.
+    # Without duplicates, so that no multi-tensor operation writes the same memory twice at once.
     for parameter in dict.fromkeys(decayed):
         gradient = parameter.grad
-        # Not a Parameter any more, which would count as a subclass below.
+        # No longer a Parameter, which would count as a subclass below.
         weight = parameter.detach()
         kind = (gradient.device, gradient.dtype)
         if (weight.device, weight.dtype) == kind:
@@ -248,7 +248,7 @@ def _refuse_to_decay(
         raise TypeError(
             f"{function}: {name} has to be complex like its parameter, found {gradient.dtype}"
         )
-    # torch raises for such a number, but only once it comes to this gradient.
+    # torch raises for such a number, but only when it reaches this gradient.
     if torch.finfo(gradient.dtype).max < weight_decay < math.inf:
         raise ValueError(
             f"{function}: weight_decay has to be a number that the dtype of {name}, "
@@ -264,7 +264,7 @@ def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, calle
         for index, parameter in enumerate(parameters)
         if parameter.grad is not None
     ]
-    # All before the first is written, so that an error changes nothing.
+    # All are checked before the first is written, so that an error changes nothing.
     for _, gradient, name in pairs:
         _refuse_units(gradient, name, caller.function)
     for parameter, gradient, _ in pairs:
@@ -306,7 +306,7 @@ def _clip(
 
 
 def _profiler_range(caller: Caller) -> contextlib.AbstractContextManager[Any]:
-    # The range is made of two operations, which a mode or a trace would see.
+    # The range consists of two operations, which a mode or a trace would see.
     if observed():
         return contextlib.nullcontext()
     return torch.profiler.record_function(f"gradclip_ext::{caller.function}")

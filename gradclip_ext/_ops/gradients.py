@@ -1,6 +1,6 @@
-"""Reads the gradients of a list, refuses those that cannot be, and sorts the others.
+"""Reads the gradients of a list, refuses those that cannot be clipped, and sorts the others.
 
-Everything that can be wrong with a list is found here, before the first gradient is written.
+Every error in a list is found here, before the first gradient is written.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gradclip_ext._ops.observation import compiling, observed
 
 _NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
 
-# As in csrc/core/norm.h: a smaller one would lose bits, or vanish, in float32.
+# As in csrc/core/norm.h: a smaller one would lose bits in float32, or underflow to 0.
 _SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
 
 
 @dataclass(frozen=True)
 class Caller:
-    """How messages name the public function and what is in its list.
+    """How messages name the public function and the entries of its list.
 
     Attributes:
-        function: the function.
-        argument: its argument that holds the list.
-        names: what to call each entry, where it has a name of its own.
+        function: the name of the function.
+        argument: the name of the argument that holds the list.
+        names: the name of each entry, if entries have names of their own.
     """
 
     function: str
@@ -37,21 +37,21 @@ class Caller:
     names: tuple[str, ...] | None = None
 
     def entry(self, index: int) -> str:
-        """What to call an entry of the list."""
+        """The name of an entry of the list."""
         return self.names[index] if self.names is not None else f"{self.argument}[{index}]"
 
 
 class Gradients:
-    """Gradients, sorted by who measures and who writes them.
+    """Gradients, sorted by what measures and what writes them.
 
-    Everything is written in place, where it lies: with copies that are written back, a gradient
-    that is listed twice, or two views of one memory, would be scaled once.
+    Everything is written in place: if copies were scaled and written back, a gradient that is
+    listed twice, or two views of the same memory, would be scaled only once.
 
     Attributes:
-        given: the gradients as they came, 0 or more tensors of any shape, dtype and device.
-        names: what to call each of them in a message.
-        measured: flat memory for the native engine to read: gradients, or copies of strided views
-            with gaps, or the sums that an uncoalesced sparse gradient stands for.
+        given: the gradients as passed, 0 or more tensors of any shape, dtype and device.
+        names: the name of each in messages.
+        measured: flat memory for the native engine to read: gradients, copies of strided views
+            with gaps, or the coalesced values of a sparse gradient.
         native: flat memory for the native engine to write.
         fallback: tensors for torch's operations to read.
         in_place: tensors for torch's operations to write.
@@ -79,12 +79,12 @@ class Gradients:
     def total_norm(
         self, norm_type: float, foreach: bool | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """The norm as it is returned, and the same before it was rounded to its dtype."""
+        """The norm as it is returned, and the same before rounding to its dtype."""
         if not self.measured:
             norm = torch_ops.total_norm(self.fallback, norm_type, foreach, dtype)
             return norm, norm
         torch_ops.require_foreach_support(self.fallback, foreach)
-        # Only the L2 norm takes a complex number as two real ones.
+        # Only the L2 norm can treat a complex number as two real ones.
         measured = [
             t.to(torch.complex128).abs() if t.is_complex() and norm_type != 2.0 else t
             for t in self.measured
@@ -96,7 +96,7 @@ class Gradients:
         if self.fallback:
             norm = torch_ops.total_norm(self.fallback, norm_type, None, torch.float64)
             norms.append(dtensor.whole(norm))
-        # One number of each device travels to where the result has to be.
+        # One number per device is copied to the device of the result.
         device = self.given[0].device
         exact = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
         result_dtype = dtype or torch_ops.norm_dtype(self.given)
@@ -124,14 +124,14 @@ class Gradients:
         self._bump_versions_of_sparse()
 
     def clamp_(self, clip_value: float, foreach: bool | None) -> None:
-        """Limit every element of every gradient to ``[-clip_value, clip_value]``."""
+        """Clamp every element of every gradient to ``[-clip_value, clip_value]``."""
         torch_ops.clamp_(self.in_place, clip_value, foreach)
         for group in _by_device(self.native).values():
             _C.clamp_tensors_(group, clip_value)
         self._bump_versions_of_sparse()
 
     def bump_versions(self) -> None:
-        """Count as written, without writing: torch's functions always write."""
+        """Bump the versions without a write, since torch's functions always write."""
         if compiling():
             return
         for gradient in self.given:
@@ -139,14 +139,14 @@ class Gradients:
                 torch.autograd.graph.increment_version(gradient)
 
     def _bump_versions_of_sparse(self) -> None:
-        # Their values have a version of their own.
+        # Their values have a version counter of their own.
         for gradient in self.given:
             if gradient.layout == torch.sparse_coo and not gradient.is_inference():
                 torch.autograd.graph.increment_version(gradient)
 
 
 def read_tensors(tensors: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
-    """The tensors, and what to call each of them."""
+    """The tensors and the name of each."""
     names = []
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -157,7 +157,7 @@ def read_tensors(tensors: Sequence[Any], caller: Caller) -> tuple[list[Tensor], 
 
 
 def read_grads(parameters: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
-    """The gradients of those parameters that have one, and what to call each of them."""
+    """The gradients of those parameters that have one, and the name of each."""
     gradients = []
     names = []
     for index, parameter in enumerate(parameters):
@@ -172,7 +172,7 @@ def read_grads(parameters: Sequence[Any], caller: Caller) -> tuple[list[Tensor],
 
 
 def require_storage(tensor: Tensor, name: str, function: str) -> None:
-    """Refuse a tensor whose memory is gone, which torch would read all the same."""
+    """Refuse a tensor whose memory was freed, which torch would read all the same."""
     if observed():
         return
     stored = stored_values(tensor)
@@ -196,7 +196,7 @@ def refuse_integers(gradients: list[Tensor], names: list[str], function: str) ->
 
 
 def refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> None:
-    """Raise, before anything is written, what torch would raise in the midst of writing."""
+    """Raise, before anything is written, what torch would raise halfway through."""
     if compiling():
         return
     for gradient, name in zip(given, names, strict=True):
@@ -215,14 +215,14 @@ def refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> N
 
 
 def stored_values(gradient: Tensor) -> Tensor:
-    """What a gradient keeps in memory: the values of a sparse one, any other itself."""
+    """What a gradient stores: the values of a sparse one, else the gradient itself."""
     if gradient.layout == torch.sparse_coo:
         return torch_private.stored_values(gradient)
     return gradient
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """What torch's in-place operations refuse: a stretched dimension, as ``expand`` makes."""
+    """Whether it has an expanded dimension, which torch's in-place operations refuse."""
     return tensor.numel() > 0 and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

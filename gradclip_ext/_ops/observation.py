@@ -1,12 +1,12 @@
-"""Who is watching: whether the native engine may run behind the dispatcher's back.
+"""Whether anything observes operations, so that the native engine must not bypass the dispatcher.
 
 A compiler that traces, a dispatch mode, a function mode, functorch and a jit trace all expect to
-see torch's own operations. The names here are how the other modules ask; no other asks torch.
+see torch's own operations. Other modules ask through the names here, never torch itself.
 """
 
 from __future__ import annotations
 
-# Without a function around it, which every call would pay for.
+# Not wrapped in a function, whose cost every call would pay.
 from torch.compiler import is_compiling as compiling
 
 from gradclip_ext import _C

@@ -1,7 +1,7 @@
-"""The few numbers of a step: known on the host, or tensors that nobody has read yet.
+"""The scalars of a step: numbers known on the host, or tensors that have not been read.
 
 Python's operators work on both, and the functions here do the rest, so that a formula is written
-once. On the CPU a number is read and computed with directly; on a GPU it stays a tensor, without a
+once. On the CPU a scalar is read and computed with directly; on a GPU it stays a tensor, without a
 device sync.
 """
 
@@ -18,16 +18,16 @@ from gradclip_ext._ops.observation import compiling
 
 __all__ = ["Scalar", "clip_coefficient", "isfinite", "known", "select", "smallest"]
 
-# A number that the host knows, or a tensor; where many parameters have one each, a 1-D tensor.
+# A number known on the host, or a tensor: 0-dim, or 1-D where each parameter has its own number.
 Scalar = float | Tensor
 
 
 def known(number: Scalar) -> Scalar:
-    """The number in a one-element tensor, where reading it needs no device sync and nobody watches.
+    """The number in a one-element tensor, if reading it needs no device sync and is not observed.
 
     Anything else is returned as it is.
     """
-    # Exact types: a subclass may hold its number elsewhere.
+    # Exact types: a subclass may store its number elsewhere.
     if (type(number) is Tensor or type(number) is Parameter) and not compiling():
         value = _C.known_number(number)
         return number if value is None else value
@@ -40,12 +40,12 @@ def isfinite(number: Scalar) -> bool | Tensor:
 
 
 def smallest(number: Scalar, device: torch.device) -> Scalar:
-    """The smallest of the numbers in a tensor, on a device where it is not known."""
+    """The smallest number in a tensor, copied to a device; a number is returned as it is."""
     return known(number.min().to(device)) if isinstance(number, Tensor) else number
 
 
 def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
-    """The number where the condition holds, else the other."""
+    """The number if the condition holds, else the other."""
     if not isinstance(condition, Tensor):
         return number if condition else other
     if not isinstance(number, Tensor):
@@ -56,14 +56,14 @@ def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
 def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:
     """``min(1, limit / (norm + epsilon))``; 1 for an infinite limit, whatever the norm.
 
-    A norm that is NaN gives NaN, and 1 where norm, limit and epsilon are all 0.
+    A NaN norm gives NaN; 1 if norm, limit and epsilon are all 0.
     """
     total = norm + epsilon
     return select((total <= limit) | (limit == math.inf), 1.0, _quotient(limit, total))
 
 
 def _quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
-    # Python raises where floating point has an answer.
+    # Python raises ZeroDivisionError where IEEE 754 defines a result.
     if isinstance(divisor, float) and divisor == 0.0:
         return dividend * math.inf
     return dividend / divisor

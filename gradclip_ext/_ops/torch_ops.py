@@ -1,7 +1,7 @@
 """Norm, scale and clamp made of torch's own operations.
 
 For tensors whose memory the native engine must not touch (subclasses, other devices, other
-layouts), for norm orders it does not know, and whenever something wants to see real operations
+layouts), for a norm_type it does not support, and whenever something has to see real operations
 (dispatch modes, functorch, jit.trace, torch.compile). Same results as :mod:`torch.nn.utils`.
 """
 
@@ -24,7 +24,7 @@ def total_norm(
 ) -> Tensor:
     """The norm that :func:`torch.nn.utils.get_total_norm` gives.
 
-    Empty tensors contribute nothing, where torch raises for some orders. With ``dtype`` the norm
+    Empty tensors contribute nothing; torch raises for some norm types. With ``dtype`` the norm
     is accumulated in that dtype (float32 or float64) instead of the tensors' own.
     """
     filled = [tensor for tensor in tensors if tensor.numel() > 0]
@@ -54,14 +54,14 @@ def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def widened_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, or wider where it would not hold the tensor; complex for a complex tensor."""
+    """``dtype``, or wider if it could not hold the tensor; complex for a complex tensor."""
     return torch.promote_types(tensor.dtype, dtype.to_complex() if tensor.is_complex() else dtype)
 
 
 def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))``, on the norm's device and without reading it.
 
-    A ``max_norm`` tensor that is negative or NaN gives NaN: raising would need a host sync.
+    A ``max_norm`` tensor that is negative or NaN gives NaN: raising would need a device sync.
     """
     if isinstance(max_norm, Tensor):
         # In its own dtype: the comparison must not depend on the norm's.
@@ -72,7 +72,7 @@ def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None) -> None:
-    """Multiply every tensor in place by a 0-dim tensor, wherever that lies."""
+    """Multiply every tensor in place by a 0-dim tensor on any device."""
     for device, group, multi_tensor in _groups(tensors, foreach):
         factor = coefficient.to(device)
         if multi_tensor:
@@ -90,7 +90,7 @@ def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -> None:
-    """Limit every element of every tensor to ``[-clip_value, clip_value]`` in place."""
+    """Clamp every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     for _, group, multi_tensor in _groups(tensors, foreach):
         if multi_tensor:
             torch_private.foreach_clamp_(group, clip_value)
@@ -100,7 +100,7 @@ def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -
 
 
 def require_foreach_support(tensors: Sequence[Tensor], foreach: bool | None) -> None:
-    """Raise what torch raises for ``foreach=True`` on a device that has no such operations."""
+    """Raise what torch raises for ``foreach=True`` on a device without foreach operations."""
     if not foreach:
         return
     for tensor in tensors:
@@ -125,10 +125,10 @@ def _groups(
 
 
 def use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | None) -> bool:
-    """Whether torch's functions would take the multi-tensor operations for these tensors."""
+    """Whether torch's functions would use the multi-tensor operations for these tensors."""
     if foreach is not None:
         return foreach and torch_private.device_has_foreach_support(device)
-    # They refuse to write tensors that are negated or conjugated lazily.
+    # They refuse to write tensors that are lazily negated or conjugated.
     if not compiling() and any(t.is_neg() or t.is_conj() for t in group):
         return False
     return torch_private.has_foreach_support(group, device)
@@ -142,7 +142,7 @@ def clip_units_(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: fl
     coefficients = (limits / norms.clamp(min=1e-6)).masked_fill(exceeds.logical_not(), 1.0)
     wide = gradient.dtype in (torch.float64, torch.complex128)
     # At least one dimension, and float32 for 16 bits: torch would round a 0-dim coefficient to the
-    # gradient's dtype before it multiplies.
+    # gradient's dtype before multiplying.
     whole = gradient if gradient.dim() else gradient.unsqueeze(0)
     whole.mul_(coefficients.to(torch.float64 if wide else torch.float32))
 

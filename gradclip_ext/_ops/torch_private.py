@@ -1,4 +1,4 @@
-"""Every private or version-dependent name of torch that this package leans on, in one place.
+"""Every private or version-dependent name of torch that this package relies on, in one place.
 
 Each was checked against torch 2.6 and 2.13. A future torch that moves one of them breaks this file,
 visibly, and nothing else.
@@ -30,7 +30,7 @@ def has_foreach_support(tensors: list[torch.Tensor], device: torch.device) -> bo
 
 
 def foreach_add_(tensors: list[torch.Tensor], others: list[torch.Tensor], factor: float) -> None:
-    """Add to every tensor in place the other one that stands at its index, times a number."""
+    """Add to every tensor, in place, the one at the same index in ``others`` times a number."""
     torch._foreach_add_(tensors, others, alpha=factor)
 
 
@@ -40,7 +40,7 @@ def foreach_mul_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
-    """Limit every element of every tensor to ``[-clip_value, clip_value]`` in place."""
+    """Clamp every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     torch._foreach_clamp_min_(tensors, -clip_value)
     torch._foreach_clamp_max_(tensors, clip_value)
 

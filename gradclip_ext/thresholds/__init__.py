@@ -1,14 +1,14 @@
-"""Thresholds that adapt to the gradients of the steps before, from the literature.
+"""Thresholds from the literature that adapt to the gradients of earlier steps.
 
-A rule looks at the norms of each step, on the device where they are, and says how large the
-gradients may be: :class:`AutoClip` and :class:`ZClip` for all gradients together, :class:`AdaGC`
-for each parameter. :class:`AGC` needs no history; it compares each unit of a gradient with its
-weights. Each paper has a file of its own; :mod:`.rule` holds what they have in common.
+A rule takes the norms of each step, on their device, and says how large the gradients may be:
+:class:`AutoClip` and :class:`ZClip` for all gradients together, :class:`AdaGC` for each parameter.
+:class:`AGC` needs no history; it compares each unit of a gradient with its weights. Each paper has
+a file of its own; :mod:`.rule` holds what they share.
 
-No step reads a number on the host, so none waits for the device. What was measured so far is in
-float64 tensors beside the gradients; they are created at the first step. Moving them, after
-:meth:`~Threshold.load_state_dict` or when the model moves to another device, is a copy like any
-other, once.
+No step reads a number on the host, so none needs a device sync. The history is kept in float64
+tensors on the gradients' device, created at the first step. After
+:meth:`~Threshold.load_state_dict`, or when the model moves to another device, they are copied there
+once.
 """
 
 from gradclip_ext.thresholds.adagc import AdaGC

@@ -1,4 +1,4 @@
-"""AdaGC: each parameter by its own recent norms (Wang et al., 2025)."""
+"""AdaGC: clips each parameter by its own recent norms (Wang et al., 2025)."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ class AdaGC(Rule):
     The method is that of Wang et al., "AdaGC: Improving Training Stability for Large Language
     Model Pretraining" (2025), arXiv 2502.11034.
 
-    A norm of 0, as without a gradient, leaves :math:`\gamma_i` as it was. A parameter that has its
+    A norm of 0, as without a gradient, leaves :math:`\gamma_i` unchanged. A parameter that has its
     first gradient after the warm-up is not clipped in that step, and its norm becomes
-    :math:`\gamma_i`. A step whose total is not finite changes nothing and is none of the
-    warm-up's; its limits are those of the second formula.
+    :math:`\gamma_i`. A step with a non-finite total leaves the state unchanged and does not count
+    as a warm-up step; its limits are those of the second formula.
 
     Args:
-        relative_limit: how far a norm may be above its average, as a factor greater than 0.
-        beta: weight of what was measured before, from 0 to 1.
-        warmup_steps: steps with a finite total that are clipped together, not negative.
-        absolute_limit: the limit of the total norm in these, greater than 0.
+        relative_limit: how far a norm may exceed its average, as a factor greater than 0.
+        beta: weight of the previous average, from 0 to 1.
+        warmup_steps: steps with a finite total in which all gradients are clipped together, not
+            negative.
+        absolute_limit: limit of the total norm in these steps, greater than 0.
 
     Raises:
         TypeError: an argument is not a number.
         ValueError: an argument is outside its range; in :meth:`limits`, the number of parameters
-            is another one than in the steps before.
+            differs from that of earlier steps.
     """
 
     per_parameter: bool = True
@@ -102,5 +103,5 @@ class AdaGC(Rule):
             )
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        # Saved before its first step, a rule does not know yet how many parameters there are.
+        # A rule that was saved before its first step does not know the number of parameters.
         super()._restore(tensors if tensors["gamma"].numel() else {})

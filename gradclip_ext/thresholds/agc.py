@@ -1,4 +1,4 @@
-"""AGC: each unit by the norm of its weights (Brock et al., 2021)."""
+"""AGC: clips each unit by the norm of its weights (Brock et al., 2021)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def adaptive_clip_grad_(
 ) -> None:
     r"""Clip each unit of the gradients by the norm of its weights.
 
-    A unit is what leads to one output: a row of a linear layer's weight, a filter of a
-    convolution's, in general all elements with the same first index. A tensor of one dimension or
-    none is a single unit. Where the gradient :math:`G_i` of a unit with the weights :math:`W_i` is
-    larger than
+    A unit is what computes one output: a row of a linear layer's weight, a filter of a
+    convolution, in general all elements with the same first index. A tensor of one dimension or
+    none is a single unit. If the gradient :math:`G_i` of a unit with weights :math:`W_i` is larger
+    than
 
     .. math:: \text{limit}_i = \text{clip\_factor} \cdot \max(\lVert W_i \rVert, \text{eps})
 
     it is scaled in place by :math:`\text{limit}_i / \max(\lVert G_i \rVert, 10^{-6})`. The norms
-    are computed in float32, in float64 for such gradients, and a 16-bit gradient is rounded once. A
-    unit whose gradient is not finite is left as it is. The method is that of Brock, De, Smith and
-    Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization" (2021), arXiv
-    2102.06171.
+    are computed in float32, or float64 for float64 tensors, and a 16-bit gradient is rounded once.
+    A unit whose gradient norm is not finite is left unchanged. The method is that of Brock, De,
+    Smith and Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization"
+    (2021), arXiv 2102.06171.
 
     Args:
         parameters: the tensors whose ``.grad`` is clipped, or a single one. Those without a
-            gradient are passed over. Leave out the last linear layer, as the paper does;
+            gradient are skipped. Leave out the last linear layer, as the paper does;
             :class:`AGC` does that by name.
         clip_factor: how large a gradient may be, relative to its weights; greater than 0.
-        eps: the norm that weights count with at least, so that those that start at zero can
-            grow; greater than 0.
+        eps: lower bound on the norm of the weights, so that weights that start at zero can grow;
+            greater than 0.
 
     Raises:
         NotImplementedError: a gradient is sparse.
@@ -65,16 +65,16 @@ def adaptive_clip_grad_(
 
 
 class AGC(StatelessRule):
-    """Adaptive gradient clipping with the parameters that are left out chosen by their names.
+    """Adaptive gradient clipping that excludes parameters by name.
 
-    As :func:`adaptive_clip_grad_`, which also names the source. It has no history, and so no state
-    to save.
+    The method of :func:`adaptive_clip_grad_`, which also names the source. It has no history, so
+    there is no state to save.
 
     Args:
         clip_factor: as in :func:`adaptive_clip_grad_`.
         eps: as in :func:`adaptive_clip_grad_`.
-        exclude: patterns of names, as of a shell (``*``, ``?``, ``[...]``; case counts), whose
-            gradients are left as they are: ``("head.*",)`` for the classifier.
+        exclude: shell-style patterns (``*``, ``?``, ``[...]``; case-sensitive) for the names of
+            parameters whose gradients are left unchanged: ``("head.*",)`` for the classifier.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -95,10 +95,10 @@ class AGC(StatelessRule):
         return torch.full_like(total, math.inf)
 
     def clip_(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Clip the gradients in place, those of excluded names aside.
+        """Clip the gradients in place, except those of excluded names.
 
         Args:
-            named_parameters: pairs of a name and a tensor, as ``module.named_parameters()`` gives
+            named_parameters: pairs of a name and a tensor, as ``module.named_parameters()`` yields
                 them.
 
         Raises:

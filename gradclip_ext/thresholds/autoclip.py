@@ -1,4 +1,4 @@
-"""AutoClip: a percentile of the norms so far (Seetharaman et al., 2020)."""
+"""AutoClip: clips at a percentile of the norms so far (Seetharaman et al., 2020)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ __all__ = ["AutoClip"]
 # The most elements that torch.quantile and torch.nanquantile sort.
 _LARGEST_WINDOW = 2**24
 
-# Elements of a history at its first step; it doubles from there.
+# Capacity of a history at its first step; it doubles from there.
 _FIRST_CAPACITY = 64
 
 
 class AutoClip(Rule):
-    r"""The limit is a percentile of the norms so far, this step's included.
+    r"""The limit is a percentile of the norms so far, including this step's.
 
     .. math::
         G_t = (\lVert g_1 \rVert, \dots, \lVert g_t \rVert), \qquad
         \text{limit}_t = \text{percentile}_p(G_t)
 
-    with linear interpolation between neighbours, as :func:`numpy.percentile`. The method is that of
-    Seetharaman, Wichern, Pardo and Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
-    Separation Networks" (2020), arXiv 2007.14469. The paper keeps every norm; here the last
-    ``window`` ones count, because they are sorted at each step.
+    with linear interpolation between neighbours, as in :func:`numpy.percentile`. The method is that
+    of Seetharaman, Wichern, Pardo and Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
+    Separation Networks" (2020), arXiv 2007.14469. The paper keeps every norm; here only the last
+    ``window`` count, because they are sorted at each step.
 
-    Norms that are not finite are not part of the history. Before the first finite one the limit
-    is ``inf``.
+    Non-finite norms do not enter the history. Before the first finite one the limit is ``inf``.
 
     Args:
-        percentile: which one, from 0 to 100. With 10, the paper's, nine of ten steps are clipped.
-        window: how many norms are kept, at most 2**24, which is as many as
-            :func:`torch.nanquantile` takes. Memory is 8 bytes for each, and grows with the steps.
+        percentile: the percentile, from 0 to 100. With 10, as in the paper, nine of ten steps are
+            clipped.
+        window: number of norms to keep, at most 2**24, the most that :func:`torch.nanquantile`
+            takes. Memory is 8 bytes for each, and grows with the steps.
 
     Raises:
         TypeError: an argument is not a number.
@@ -58,12 +58,12 @@ class AutoClip(Rule):
         super().__init__()
         self.percentile = _arguments.between(percentile, 0, 100, "AutoClip", "percentile")
         self.window = _arguments.whole_number(window, "AutoClip", "window", 1, _LARGEST_WINDOW)
-        # At least as many as there are norms in the history: how many of them were finite is
-        # known on the device only.
+        # An upper bound on the number of norms in the history: how many of them were finite is
+        # known only on the device.
         self._steps = 0
 
     def _settings(self) -> dict[str, Any]:
-        # The order of the ring, and where it goes on, depend on its length.
+        # The order of the ring buffer, and where it continues, depend on its length.
         return {"window": self.window}
 
     def _initial(self, parameter_count: int, device: torch.device) -> dict[str, Tensor]:
@@ -77,19 +77,19 @@ class AutoClip(Rule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         count, history = state["count"], self._grown(state["history"])
         finite = total.isfinite()
-        # The place is computed on the device and moves on after finite norms only. Otherwise each
-        # non-finite one would push a good one out of a full ring, and many of them all.
+        # The place is computed on the device and advances only after finite norms. Otherwise each
+        # non-finite one would evict a finite one from a full ring, and enough of them all.
         place = count.remainder(self.window).to(torch.int64).view(1)
         kept = torch.where(finite, total, history.index_select(0, place))
         history.index_copy_(0, place, kept)
         self._steps += 1
-        # Places that are not taken yet hold NaN, which nanquantile passes over.
+        # Unused places hold NaN, which nanquantile ignores.
         limit = torch.nanquantile(history, self.percentile / 100.0)
         limit = limit.masked_fill(limit.isnan(), math.inf)
         return limit, {"count": count + finite, "history": history}
 
     def _grown(self, history: Tensor) -> Tensor:
-        """The history, with a place for the norm of this step."""
+        """The history, with room for the norm of this step."""
         capacity = history.numel()
         needed = min(self._steps + 1, self.window)
         while capacity < needed:

@@ -1,4 +1,4 @@
-"""What a rule offers to the clipper, and what the rules of the literature have in common."""
+"""The interface of a rule, and what the rules from the literature share."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold"]
 
 @runtime_checkable
 class Threshold(Protocol):
-    """What a rule has to offer: limits for this step's norms, and a state that can be saved.
+    """Interface of a rule: limits for this step's norms, and a state that can be saved.
 
     Attributes:
         per_parameter: whether :meth:`limits` gives one limit for each parameter.
-        epsilon: what is added to a norm before a limit is divided by it. A coefficient is
-            ``min(1, limit / (norm + epsilon))``, and 1 where the norm is within its limit.
+        epsilon: added to a norm before a limit is divided by it. A coefficient is
+            ``min(1, limit / (norm + epsilon))``, and 1 for 0 / 0 and for an infinite limit.
     """
 
     per_parameter: bool
     epsilon: float
 
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
-        """Take in the norms of this step and give its limits.
+        """Take the norms of this step and return its limits.
 
         Args:
             total: the norm of all gradients together before clipping, 0-dim, float64.
@@ -34,38 +34,38 @@ class Threshold(Protocol):
                 0 for a parameter that has no gradient.
 
         Returns:
-            A float64 tensor on the same device: 0-dim, or as long as ``norms`` where
+            A float64 tensor on the same device: 0-dim, or as long as ``norms`` if
             ``per_parameter`` is set. ``inf`` where nothing is to be clipped.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what was measured so far: tensors and numbers, and the class as ``"rule"``."""
+        """A copy of the state: tensors and numbers, and the name of the class as ``"rule"``."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was called."""
+        """Resume from where :meth:`state_dict` was called."""
         ...
 
 
 class Rule:
-    """What the rules have in common: a state of tensors, which is created, moved, saved, loaded."""
+    """Base class of the rules: creates, moves, saves and loads a state of tensors."""
 
     per_parameter: bool = False
     # The papers divide by the norm itself.
     epsilon: float = 0.0
 
     def __init__(self) -> None:
-        # Empty before the first step: only then are the device and the parameters known.
+        # Empty before the first step, at which the device and the parameters become known.
         self._state: dict[str, Tensor] = {}
 
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
-        """Take in the norms of this step and give its limits, as :meth:`Threshold.limits`.
+        """Take the norms of this step and return its limits, see :meth:`Threshold.limits`.
 
-        A ``total`` that is not finite leaves the state as it was and gives a limit computed from
-        that. What becomes of such gradients is for the caller to decide.
+        A non-finite ``total`` leaves the state unchanged, and the limit is computed from that. What
+        happens to such gradients is up to the caller.
         """
-        # Nothing of the graph that computed the norms may live on in the state.
+        # The state must not keep the autograd graph of the norms alive.
         total = total.detach().to(torch.float64)
         norms = norms.detach().to(torch.float64)
         state = self._state or self._initial(norms.numel(), total.device)
@@ -75,19 +75,19 @@ class Rule:
         return limits
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what was measured so far: tensors and numbers, and the class as ``"rule"``."""
+        """A copy of the state: tensors and numbers, and the name of the class as ``"rule"``."""
         state = self._state or self._initial(0, torch.device("cpu"))
         copies = {name: tensor.clone() for name, tensor in state.items()}
         return {"rule": self._name, **copies, **self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was called, with the same bits.
+        """Resume from where :meth:`state_dict` was called, bit for bit.
 
-        The arguments of the rule are its own; none is taken from ``state``.
+        The rule keeps its own arguments; none is taken from ``state``.
 
         Raises:
             TypeError: ``state`` is not a mapping.
-            ValueError: it is the state of another rule, lacks something, or does not fit this
+            ValueError: ``state`` is that of another rule, is incomplete, or does not fit this
                 object. Nothing is changed then.
         """
         tensors = self._read(state)
@@ -109,7 +109,7 @@ class Rule:
         raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
-        """The arguments without which the state could not be understood."""
+        """The arguments that are needed to interpret the state."""
         return {}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ class Rule:
         self._state = tensors
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of a state, in the form that :meth:`_initial` gives them."""
+        """The tensors of a state, required to have the form that :meth:`_initial` gives them."""
         if not isinstance(state, Mapping):
             raise TypeError(
                 f"{self._name}: state has to be a mapping, found {type(state).__name__}"
@@ -153,7 +153,7 @@ class Rule:
 
 
 class StatelessRule:
-    """A rule that remembers nothing, so that there is nothing to save.
+    """A rule without history, so that there is nothing to save.
 
     Attributes:
         only_measures: whether it never limits the norm of a whole gradient.
@@ -168,10 +168,10 @@ class StatelessRule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take an empty state.
+        """Accept an empty state.
 
         Raises:
-            ValueError: the state is not empty, and so that of another rule.
+            ValueError: the state is not empty, so it is that of another rule.
         """
         if state:
             raise ValueError(
@@ -180,23 +180,23 @@ class StatelessRule:
 
 
 class FixedThreshold(StatelessRule):
-    """The limit that a plain number is: the same in every step, as in ``clip_grad_norm_``.
+    """A plain number as a rule: the same limit in every step, as in ``clip_grad_norm_``.
 
     Args:
         max_norm: largest norm, greater than 0; with ``inf`` nothing is clipped.
     """
 
-    # torch's, in clip_grad_norm_.
+    # As in torch's clip_grad_norm_.
     epsilon: float = 1e-6
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
         self.only_measures = max_norm == math.inf
-        # On the device of the norms, so that no step has to bring it there.
+        # Moved to the device of the norms once, so that later steps need no copy.
         self._limit = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
 
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
-        """The number, 0-dim, as :meth:`Threshold.limits`."""
+        """``max_norm`` as a 0-dim tensor, see :meth:`Threshold.limits`."""
         if self._limit.device != total.device:
             self._limit = self._limit.to(total.device)
         return self._limit

@@ -1,4 +1,4 @@
-"""ZClip: spikes, by their score against a moving average (Kumar et al., 2025)."""
+"""ZClip: clips spikes, found by their z-score against a moving average (Kumar et al., 2025)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["ZClip"]
 
 
 class ZClip(Rule):
-    r"""The limit applies where the norm is many standard deviations above its moving average.
+    r"""The limit applies when the norm is many standard deviations above its moving average.
 
-    With the mean :math:`\mu` and the variance :math:`\sigma^2` of the steps before, a norm
-    :math:`g` has the score
+    With the mean :math:`\mu` and the variance :math:`\sigma^2` of earlier steps, a norm :math:`g`
+    has the score
 
     .. math:: z = \frac{g - \mu}{\sigma + 10^{-6}}, \qquad
         g^* = \begin{cases}
@@ -30,20 +30,20 @@ class ZClip(Rule):
     .. math:: \mu \leftarrow \alpha \mu + (1 - \alpha) g^*, \qquad
         \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) (g^* - \mu)^2
 
-    with the new :math:`\mu`. During warm-up nothing is clipped but by ``max_norm``; at its end
-    :math:`\mu` and :math:`\sigma^2` are the mean and the population variance of its norms. The
-    method is that of Kumar, Owen, Roy Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for
-    LLM Pre-Training" (2025), arXiv 2504.02507.
+    with the new :math:`\mu`. During warm-up only ``max_norm`` clips; at its end :math:`\mu` and
+    :math:`\sigma^2` are the mean and the population variance of its norms. The method is that of
+    Kumar, Owen, Roy Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training"
+    (2025), arXiv 2504.02507.
 
-    A norm that is not finite is no step of the warm-up. After it, its limit is :math:`\mu`, towards
-    which that of a finite one goes as it grows.
+    A non-finite norm does not count as a warm-up step. After the warm-up its limit is :math:`\mu`,
+    which the limit of a finite norm approaches as the norm grows.
 
     Args:
-        alpha: weight of what was measured before, from 0 to 1.
+        alpha: weight of the previous averages, from 0 to 1.
         z_threshold: score above which a norm is a spike, greater than 0.
         warmup_steps: finite norms to collect first, at least 1.
-        max_norm: a limit that holds besides in every step, greater than 0; None for none. The
-            averages take in the norm as it is before this one.
+        max_norm: an additional limit in every step, greater than 0, or None. The averages use the
+            norm before this limit is applied.
 
     Raises:
         TypeError: an argument is not a number.
@@ -76,11 +76,11 @@ class ZClip(Rule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         count, mean, variance = state["count"], state["mean"], state["variance"]
         finite = total.isfinite()
-        # Whether the warm-up is over is known on the device only, so both ways are computed.
+        # Whether the warm-up is over is known only on the device, so both branches are computed.
         warming = count < self.warmup_steps
 
-        # Mean and population variance of the norms up to now, from those of the ones before
-        # (Welford 1962): the norms themselves need not be kept.
+        # Mean and population variance of the norms so far, updated as by Welford (1962), so that
+        # the norms themselves need not be kept.
         distance = total - mean
         early_mean = mean + distance / (count + 1.0)
         early_variance = variance + (distance * (total - early_mean) - variance) / (count + 1.0)
