@@ -10,7 +10,7 @@ CUDA_VENV ?= .venv-cuda
 CUDA_ARCHITECTURES ?= 8.0;9.0;10.0+PTX
 
 BIN := $(VENV)/bin
-# Empty files whose time tells when a step was last done.
+# Empty files whose timestamps say when a step was last done.
 ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 CXX_SOURCES := $(shell find csrc -type f)
@@ -19,7 +19,7 @@ PACKAGE := $(wildcard gradclip_ext/*.py gradclip_ext/*/*.py gradclip_ext/*.pyi)
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_ENVIRONMENT := $(CUDA_VENV)/.environment
 CUDA_BUILT := $(CUDA_VENV)/.built
-# Holds no folder named gradclip_ext, which Python would import in place of the installed package.
+# Has no folder named gradclip_ext, which Python would import instead of the installed package.
 CUDA_FOLDER := build/cuda
 define BE_SURE_OF_CUDA_BUILD
 import gradclip_ext, sys
@@ -37,21 +37,21 @@ help:  ## Show this list.
 	@echo 'usage: make TARGET [PYTHON=$(PYTHON)] [TORCH=$(TORCH)] [VENV=$(VENV)] [STEPS=n]'
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-venv: $(ENVIRONMENT)  ## Create the environment: torch, tools, and gradclip_ext as editable install.
+venv: $(ENVIRONMENT)  ## Create the environment: torch, tools, and an editable gradclip_ext.
 
 build: $(BUILT)  ## Compile what has changed in csrc.
 
-demo: $(BUILT)  ## Train the example model with gradient clipping; STEPS=n sets for how long.
+demo: $(BUILT)  ## Train the example model with gradient clipping, for STEPS=n steps if given.
 	$(BIN)/python examples/char_rnn.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(BUILT)  ## Run all tests.
 	$(BIN)/python -m pytest
 
-bench: $(BUILT)  ## Time clipping beside torch's; numbers and plots go to build/bench.
+bench: $(BUILT)  ## Time clipping against torch's; numbers and plots go to build/bench.
 	$(BIN)/python bench/clip.py --output build/bench/clip.json
 	$(BIN)/python bench/plot.py build/bench/clip.json
 
-cuda: $(CUDA_BUILT)  ## Build with the CUDA engine, in CUDA_VENV, and test that build on the CPU.
+cuda: $(CUDA_BUILT)  ## Build with the CUDA engine in CUDA_VENV, and test that build on the CPU.
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -c "$$BE_SURE_OF_CUDA_BUILD"
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m gradclip_ext
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m pytest -q -m 'not install and not sources' $(CURDIR)/tests
@@ -70,12 +70,12 @@ types: $(ENVIRONMENT)  ## Check the types of the package.
 stubs: $(BUILT)  ## Check gradclip_ext/_C.pyi against the compiled module.
 	$(BIN)/python tools/check_stubs.py
 
-clean:  ## Remove what builds and tools wrote; the environment in $(VENV) stays.
+clean:  ## Remove what builds and tools wrote, but not the environment in $(VENV).
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(BUILT) $(CUDA_BUILT) gradclip_ext/_built_with.py gradclip_ext/_C.*.so
 	find bench csrc examples gradclip_ext tests tools -name __pycache__ -prune -exec rm -rf {} +
 
-# Written anew only when TORCH changes, so that another torch updates the environment.
+# Rewritten only when TORCH changes, so that another torch updates the environment.
 $(VENV)/.torch: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
@@ -110,7 +110,7 @@ $(CUDA_ENVIRONMENT): $(CUDA_VENV)/.torch
 	  pytest hypothesis numpy
 	@touch $@
 
-# Installed, not built in place, where the extension of the other environment lies.
+# Installed, not built in place, where the extension of the other environment is.
 $(CUDA_BUILT): $(CUDA_ENVIRONMENT) setup.py pyproject.toml $(wildcard tools/*.py) $(CXX_SOURCES) \
     $(PACKAGE)
 	@mkdir -p $(CUDA_FOLDER)

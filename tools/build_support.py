@@ -42,9 +42,9 @@ gradclip_ext is compiled against the torch that is already installed, and never 
 
 
 def _paths_of_installed_torch() -> list[str]:
-    """Asks the interpreter that torch is installed for, outside of pip's build isolation.
+    """Asks this interpreter where torch is installed, outside pip's build isolation.
 
-    Isolation is made of environment variables, so the same interpreter without them sees torch in
+    Isolation consists of environment variables, so without them the same interpreter finds torch in
     a virtual environment, in a user site and through --system-site-packages alike.
     """
     hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
@@ -61,9 +61,9 @@ def _paths_of_installed_torch() -> list[str]:
 
 
 def import_torch() -> ModuleType:
-    """Returns the installed torch, or raises SetupError that says how to get one."""
+    """Returns the installed torch, or raises a SetupError that says how to get one."""
     if importlib.util.find_spec("torch") is None:
-        # Appended: what the build environment brings along itself keeps its precedence.
+        # Appended, so that the build environment's own packages keep precedence.
         sys.path += [path for path in _paths_of_installed_torch() if path not in sys.path]
     if importlib.util.find_spec("torch") is None:
         raise SetupError(_NO_TORCH.format(python=sys.executable))
@@ -72,7 +72,7 @@ def import_torch() -> ModuleType:
     except (ImportError, OSError) as error:
         raise SetupError(
             f"torch is installed but cannot be imported: {error}\n"
-            f"Run this and mend what it reports: {sys.executable} -c 'import torch'"
+            f"Run this and fix what it reports: {sys.executable} -c 'import torch'"
         ) from error
     check_torch_version(torch.__version__)
     return torch
@@ -90,10 +90,10 @@ def check_torch_version(version: str) -> None:
 
 
 def decide_engines(torch: ModuleType, guess: str | None = None) -> tuple[Toolkit | None, str]:
-    """Returns the toolkit that the CUDA engine is built with (None: CPU only), and why.
+    """Returns the toolkit to build the CUDA engine with (None: CPU only), and the reason.
 
-    A toolkit and a torch with CUDA decide, never a GPU: what builds a wheel need not have one.
-    GRADCLIP_CUDA=0 or 1 forces it. `guess` is where torch supposes the toolkit.
+    A toolkit and a torch with CUDA decide, never a GPU: a machine that builds wheels need not have
+    one. GRADCLIP_CUDA=0 or 1 forces it. `guess` is where torch expects the toolkit.
     """
     choice = os.environ.get("GRADCLIP_CUDA", "")
     if choice not in ("", "0", "1"):
@@ -133,16 +133,16 @@ def decide_engines(torch: ModuleType, guess: str | None = None) -> tuple[Toolkit
 
 
 def architecture_flags(torch: ModuleType, toolkit: Toolkit, cpp_extension: ModuleType) -> list[str]:
-    """Returns nvcc's options for TORCH_CUDA_ARCH_LIST, by default for what torch is built for."""
+    """Returns nvcc's options for TORCH_CUDA_ARCH_LIST, by default torch's own architectures."""
     codes = toolkit.codes()
     try:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            # torch's own default are the cards in this machine, of which there may be none.
+            # torch's own default is the GPUs of this machine, which may have none.
             flags = torch._C._cuda_getArchFlags() or ""
             os.environ["TORCH_CUDA_ARCH_LIST"] = architecture_list(flags, codes)
         options: list[str] = cpp_extension._get_cuda_arch_flags()
     except (ValueError, IndexError) as error:
-        # What `native` ends with where torch sees no card.
+        # What `native` raises when torch sees no GPU.
         reason = "torch sees no card here" if isinstance(error, IndexError) else error
         raise SetupError(
             f"no architectures to compile for: {reason}.\n"
@@ -152,7 +152,7 @@ def architecture_flags(torch: ModuleType, toolkit: Toolkit, cpp_extension: Modul
     unsupported = [
         code
         for code in built_codes(options)
-        # As sm_90a and compute_90 need an nvcc that knows sm_90.
+        # sm_90a and compute_90 need an nvcc that knows sm_90, for example.
         if f"sm_{re.sub('[^0-9]', '', code)}" not in codes
     ]
     if unsupported:
@@ -165,7 +165,7 @@ def architecture_flags(torch: ModuleType, toolkit: Toolkit, cpp_extension: Modul
 
 
 def built_codes(options: list[str]) -> tuple[str, ...]:
-    """Returns what nvcc's options ask for: sm_90 is for one card, compute_90 is PTX."""
+    """Returns the codes in nvcc's options: sm_90 is machine code, compute_90 is PTX."""
     codes = re.findall(r"\bcode=(\w+)", " ".join(options))
     return tuple(sorted(codes, key=lambda code: (code.startswith("compute"), _number(code))))
 
@@ -195,7 +195,7 @@ def compiler_version(command: list[str]) -> str:
 
 
 def check_python_headers(folder: str) -> None:
-    """Raises SetupError if `folder` lacks Python.h, which Linux distributions package apart."""
+    """Raises SetupError if `folder` lacks Python.h, a separate package on Linux distributions."""
     if not Path(folder, "Python.h").is_file():
         raise SetupError(
             f"the headers of Python are missing: no Python.h in {folder}.\n"
@@ -208,7 +208,7 @@ def pybind11_include(torch_include: list[str]) -> list[str]:
     """Returns the include path of the pybind11 package if torch brings no pybind11 headers.
 
     torch's own are preferred, since the torch headers that we include were written for them. A
-    torch that was built with USE_SYSTEM_PYBIND11 (as some distributions do) has none.
+    torch built with USE_SYSTEM_PYBIND11, as some distributions do, has none.
     """
     if any(Path(folder, "pybind11").is_dir() for folder in torch_include):
         return []
@@ -240,7 +240,7 @@ def built_with_source(
 
 
 def prepare_for_cpu(extension: Extension, cpp_extension: ModuleType) -> None:
-    """Makes `extension` one that torch's command can build, without the CUDA engine."""
+    """Prepares `extension` for torch's build command, without the CUDA engine."""
     extension.sources = [path for path in extension.sources if not is_cuda_source(path)]
     settings = cpp_extension.CppExtension(extension.name, extension.sources)
     extension.extra_compile_args += _as_system_headers(settings.include_dirs)
@@ -251,7 +251,7 @@ def prepare_for_cpu(extension: Extension, cpp_extension: ModuleType) -> None:
 def prepare_for_cuda(
     extension: Extension, cpp_extension: ModuleType, toolkit: Toolkit, options: list[str]
 ) -> None:
-    """Makes `extension` one that torch's command can build, with the CUDA engine."""
+    """Prepares `extension` for torch's build command, with the CUDA engine."""
     settings = cpp_extension.CUDAExtension(extension.name, extension.sources)
     headers = [folder for folder in settings.include_dirs if Path(folder) != toolkit.include]
     if toolkit.include != Path("/usr/include"):
@@ -259,8 +259,8 @@ def prepare_for_cuda(
     threads = min(len(options), jobs())
     extension.extra_compile_args = {
         "cxx": extension.extra_compile_args + _as_system_headers(headers),
-        # The architectures are named here, since torch would name none if it found the letters
-        # "arch" in any other option, even in the name of a folder.
+        # The architectures are given here, since torch adds none if it finds the letters "arch" in
+        # any other option, even in the name of a folder.
         "nvcc": [
             "-O3",
             "--expt-relaxed-constexpr",
@@ -275,12 +275,12 @@ def prepare_for_cuda(
 
 
 def _as_system_headers(folders: list[str]) -> list[str]:
-    """Returns options for -Wall -Wextra to speak of our code only."""
+    """Returns -isystem options, so that -Wall -Wextra warn about our code only."""
     return [f"-isystem{folder}" for folder in folders + pybind11_include(folders)]
 
 
 def _text_of(error: RuntimeError) -> str:
-    """Returns the message of an error of torch, which passes some as a format and its arguments."""
+    """Returns the message of torch's error; some are passed as a format string and arguments."""
     return " ".join(map(str, error.args))
 
 
@@ -290,8 +290,8 @@ class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:
-            # setuptools gives editable builds a fresh folder each time, and all files would be
-            # compiled again. This is the folder of every other build.
+            # setuptools gives each editable build a fresh folder, so that every file would be
+            # compiled again. This is the folder of all other builds.
             self.build_temp = str(
                 Path("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
             )
@@ -306,12 +306,12 @@ class BuildExt(build_ext):
         compiler_version(self.compiler.compiler_cxx)
         check_python_headers(sysconfig.get_path("include"))
         if shutil.which("ninja") is None:
-            # Installed beside an interpreter whose environment has not been activated.
+            # ninja may be installed in this interpreter's environment without it being active.
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
 
         options: list[str] = []
         if toolkit is not None:
-            # torch looks for nvcc and the headers where this says, whatever it had guessed.
+            # Here torch looks for nvcc and the headers, whatever it guessed before.
             cpp_extension.CUDA_HOME = str(toolkit.home)
             options = architecture_flags(torch, toolkit, cpp_extension)
         codes = built_codes(options)
@@ -326,19 +326,19 @@ class BuildExt(build_ext):
             else:
                 prepare_for_cuda(extension, cpp_extension, toolkit, options)
         # Objects built against one torch must not be linked for another, nor those with the CUDA
-        # engine for a build without, and ninja does not tell: it ignores system headers, and
-        # installers may keep the old time stamps of packaged files.
+        # engine into a build without it. ninja does not notice: it ignores system headers, and
+        # installers may preserve the old timestamps of packaged files.
         engine = "cpu" if toolkit is None else f"cuda-{toolkit.version}"
         self.build_temp = str(Path(self.build_temp, f"torch-{torch.__version__}-{engine}"))
 
         command = cpp_extension.BuildExtension(self.distribution)
         vars(command).update(vars(self))
-        # With ninja, it is ninja that knows what is up to date.
+        # With ninja, ninja decides what is up to date.
         command.force = self.force or command.use_ninja
         try:
             command.build_extensions()
         except RuntimeError as error:
-            # torch also refuses compilers in this way, before any has said anything.
+            # torch also rejects a compiler this way, before it has printed anything.
             raise CompileError(
                 f"compilation failed, see the messages above: {_text_of(error)}"
             ) from error

@@ -1,9 +1,9 @@
 """Checks what nvcc makes of csrc/cuda/kernels.cuh, for every architecture; needs no GPU.
 
-Some mistakes only show in the machine code: a table copied to the stack, a spilled register, loads
-that wait for each other, a 16-byte load taken apart, a result read before it is complete. Compiles
-the kernels, reads nvcc's report and the disassembly, prints a table, and exits with 1 if a kernel
-breaks a rule. cuobjdump comes with the CUDA toolkit or with the triton package.
+Some mistakes show only in the machine code: a table copied to the stack, a spilled register, loads
+that wait for each other, a 16-byte load split up, a result read before it is complete. This
+compiles the kernels, reads nvcc's report and the disassembly, prints a table, and exits with 1 if a
+kernel breaks a rule. cuobjdump comes with the CUDA toolkit or with the triton package.
 
 usage: python tools/check_kernels.py [--verbose] [sm_90 ...]
 """
@@ -27,10 +27,10 @@ import find_cuda
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
-# Of Segment in csrc/cuda/segments.cuh: how many 16-byte loads a thread has in flight.
+# From Segment in csrc/cuda/segments.cuh: how many 16-byte loads a thread has in flight.
 LOADS = 4
 DTYPES = 4
-# How many loops over whole runs each kernel has for each dtype.
+# The number of loops over whole runs in each kernel, per dtype.
 LOOPS = {
     "power_sums_kernel": 1,
     "scale_kernel": 1,
@@ -46,17 +46,17 @@ DECAY_TABLE = "DecayTable"
 # registers that the compiler holds one of the loads back.
 FIRST_WITH_BFLOAT16 = 80
 ROUNDING = {"scale_kernel", "scale_each_kernel", "clip_in_one_block_kernel"}
-# Kernels that may be started before the kernel whose results they read has ended.
+# Kernels that may start before the kernel whose results they read has ended.
 WAITING = {"scale_kernel", "finish_kernel", "tensor_norms_kernel"}
 WITHOUT_TABLE = {"finish_kernel"}
-# The instruction that cudaGridDependencySynchronize() becomes, and since when.
+# The instruction that cudaGridDependencySynchronize() compiles to, and the first sm that has it.
 WAIT = "ACQBULK"
 FIRST_WITH_WAIT = 90
 TRIGGER = "PREEXIT"
 
 
 class Resources(NamedTuple):
-    """What ptxas says of a kernel, in bytes but for the registers."""
+    """What ptxas reports for a kernel: the number of registers, the rest in bytes."""
 
     registers: int
     stack: int
@@ -76,7 +76,7 @@ class Instruction(NamedTuple):
 
 
 def resources_of_kernels(report: str) -> dict[str, Resources]:
-    """Returns what `ptxas -v` reports of each kernel, by mangled name."""
+    """Returns what `ptxas -v` reports for each kernel, by mangled name."""
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part)
@@ -89,7 +89,7 @@ def resources_of_kernels(report: str) -> dict[str, Resources]:
 
 
 def instructions_of_kernels(listing: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of each kernel in what cuobjdump -sass prints, by mangled name."""
+    """Returns the instructions of each kernel in the output of cuobjdump -sass, by mangled name."""
     line = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
     found = {}
     for part in listing.split("Function : ")[1:]:
@@ -118,9 +118,9 @@ def label_of(mangled: str) -> str:
 
 
 def groups_in_flight(instructions: list[Instruction]) -> int:
-    """Returns how often LOADS unconditional 16-byte loads from one address come in a row.
+    """Returns how often LOADS unconditional 16-byte loads from one base address come in a row.
 
-    Others may stand between them, but none that needs what was loaded, and no jump.
+    Other instructions may come between them, but none that needs what was loaded, and no jump.
     """
     groups = 0
     base = ""
@@ -146,13 +146,13 @@ def _jumps(instruction: Instruction) -> bool:
 
 
 def _reads(operands: str, vectors: list[str]) -> bool:
-    """Whether operands name a register of these 16-byte vectors."""
+    """Whether the operands name a register of these 16-byte vectors."""
     loaded = {f"R{int(vector[1:]) + k}" for vector in vectors for k in range(4)}
     return not loaded.isdisjoint(re.findall(r"\bR\d+", operands))
 
 
 def before_wait(instructions: list[Instruction]) -> Iterator[str]:
-    """Yields what must not stand before the wait: access to global memory, an exit, a jump."""
+    """Yields what must not come before the wait: access to global memory, an exit, a jump."""
     for instruction in instructions:
         if instruction.kind == WAIT:
             return
@@ -166,7 +166,7 @@ def before_wait(instructions: list[Instruction]) -> Iterator[str]:
 def violations(
     mangled: str, architecture: str, resources: Resources, instructions: list[Instruction]
 ) -> list[str]:
-    """Returns what is wrong with a kernel, in words."""
+    """Returns a description of each rule that a kernel breaks."""
     name = name_of(mangled)
     number = int(architecture.removeprefix("sm_"))
     if name not in LOOPS:
@@ -199,7 +199,7 @@ def violations(
 
 
 def _reads_table(instruction: Instruction) -> bool:
-    """Whether a parameter of the kernel is read by an index."""
+    """Whether a parameter of the kernel is read with an index."""
     return re.search(r"c\[0x0\]\[U?R\d+\+", instruction.operands) is not None
 
 
@@ -223,7 +223,7 @@ def find_cuobjdump(toolkit: find_cuda.Toolkit) -> Path:
 
 def compile_kernels(toolkit: find_cuda.Toolkit, architecture: str, output: Path) -> str:
     """Writes the machine code to `output`; returns the report of ptxas."""
-    # As setup.py does, but for the C++ standard, which torch chooses there.
+    # As setup.py does, except for the C++ standard, which torch chooses there.
     command = [toolkit.nvcc, "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
     command += ["-cubin", f"-arch={architecture}", ROOT / "csrc/cuda/launch.cu", "-o", output]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -255,7 +255,7 @@ def check(
     if not resources or resources.keys() != instructions.keys():
         raise RuntimeError(
             f"ptxas reports {len(resources)} kernels for {architecture}, cuobjdump finds "
-            f"{len(instructions)}: these are not the same"
+            f"{len(instructions)}: the two differ"
         )
     return [
         Row(
@@ -270,7 +270,7 @@ def check(
 
 
 def print_rows(rows: list[Row], verbose: bool) -> None:
-    """Prints every row, or one for all that differ in their template's arguments alone."""
+    """Prints every row, or one for all that differ only in their template arguments."""
     print(
         f"{'kernel':<36} {'for':<7} {'registers':>9} {'stack':>5} {'spills':>6} {'runs':>5}  rules"
     )

@@ -1,7 +1,7 @@
 """Checks gradclip_ext/_C.pyi against the compiled module; `make stubs` runs it.
 
-pybind11-stubgen writes a stub from the module's docstrings. Its types are rough, so the two are
-compared by what it knows well: public names, and the parameter names of every function.
+pybind11-stubgen writes a stub from the module's docstrings. Its types are rough, so only what it
+gets right is compared: public names, and the parameter names of every function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def generated_stub() -> str:
     """Returns the stub that pybind11-stubgen writes for the compiled module."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pybind11_stubgen", "gradclip_ext._C", "-o", folder]
-        # It cannot express every type; the types are not compared.
+        # It reports types that it cannot express; types are not compared.
         subprocess.run([*command, "--ignore-all-errors"], check=True)
         return Path(folder, "gradclip_ext", "_C.pyi").read_text(encoding="utf-8")
 
@@ -43,7 +43,7 @@ def signatures(stub: str) -> dict[str, set[tuple[str, ...]]]:
 
 
 def differences(written: str, generated: str) -> list[str]:
-    """Returns a line for each way in which the two stubs disagree."""
+    """Returns a line for each difference between the two stubs."""
     ours, compiled = signatures(written), signatures(generated)
     lines = [f"{name}: in the module, not in the stub" for name in compiled.keys() - ours.keys()]
     lines += [f"{name}: in the stub, not in the module" for name in ours.keys() - compiled.keys()]
@@ -60,7 +60,7 @@ def _is_public(name: str) -> bool:
 
 
 def _parameters(arguments: ast.arguments) -> tuple[str, ...]:
-    """Returns the parameter names, those that can only be given by name after a star."""
+    """Returns the parameter names, keyword-only ones after a star."""
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if arguments.vararg is not None:
         names.append(f"*{arguments.vararg.arg}")

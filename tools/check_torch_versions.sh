@@ -23,17 +23,17 @@ folder=$(cd "$folder" && pwd)
 results=()
 failed=0
 
-# In a subshell, with the working folder of the caller left alone.
+# In a subshell, so that the caller's working directory does not change.
 check() (
   set -e
   version=$1
   python=$folder/$version/venv/bin/python
   tree=$folder/$version/tree
   "${PYTHON:-python3}" -m venv "$folder/$version/venv"
-  # setuptools from 70.1 on makes wheels by itself.
+  # setuptools builds wheels without the wheel package from 70.1 on.
   "$python" -m pip install --quiet "torch==$version" 'setuptools>=70.1' ninja pybind11 \
     pytest hypothesis numpy
-  # From an sdist: no file that a build in the source folder left behind can help.
+  # From an sdist, so that files left by a build in the source folder cannot help.
   rm -rf "$tree" "$folder/$version/dist"
   mkdir -p "$tree"
   "$python" setup.py --quiet sdist --dist-dir "$folder/$version/dist"
@@ -44,7 +44,7 @@ check() (
 )
 
 for version in "$@"; do
-  # Not as a condition: there bash would ignore `set -e` inside the function.
+  # Not as a condition, where bash would ignore `set -e` inside the function.
   set +e
   check "$version"
   status=$?

@@ -1,6 +1,6 @@
 """Finds the CUDA toolkit and what it can compile for; needs neither torch nor a GPU.
 
-As a script it says in one line which toolkit there is, and exits with 1 where there is none.
+As a script it prints in one line which toolkit it found, and exits with 1 if there is none.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-# Older ones lack what the kernels ask for, or are no longer made for by current compilers.
+# Older ones lack what the kernels need, or are no longer supported by current compilers.
 MINIMUM_ARCHITECTURE = 75
-# Where NVIDIA's own installer puts it, without any trace in the environment.
+# Where NVIDIA's own installer puts it, without setting any environment variable.
 DEFAULT_HOME = Path("/usr/local/cuda")
 
 
@@ -42,10 +42,10 @@ class Toolkit(NamedTuple):
 
 
 def find_toolkit(guess: str | None = None, major: str | None = None) -> tuple[Toolkit | None, str]:
-    """Returns the toolkit, or None, and in both cases a line that says what was found where.
+    """Returns the toolkit, or None, and in either case a line that says what was found where.
 
-    `guess` is where torch supposes it. Among several the first one of the wanted `major` version
-    is taken, else the first. CUDA_HOME and CUDA_PATH are taken at their word.
+    `guess` is where torch expects it. Of several, the first one of the wanted `major` version is
+    taken, else the first. If CUDA_HOME or CUDA_PATH is set, only that folder is looked at.
     """
     found: list[Toolkit] = []
     missing: dict[Path, str] = {}
@@ -53,7 +53,7 @@ def find_toolkit(guess: str | None = None, major: str | None = None) -> tuple[To
         toolkit = _toolkit_in(place)
         if isinstance(toolkit, str):
             missing[place] = toolkit
-            # Beside a wrapper of nvcc in a folder that is on PATH lies what it wraps.
+            # A wrapper of nvcc on PATH may have the toolkit that it wraps beside it.
             toolkit = _toolkit_in(place / "cuda")
         if isinstance(toolkit, Toolkit):
             found.append(toolkit)
@@ -67,11 +67,11 @@ def find_toolkit(guess: str | None = None, major: str | None = None) -> tuple[To
 
 
 def architecture_list(torch_flags: str, codes: Iterable[str]) -> str:
-    """Returns, as TORCH_CUDA_ARCH_LIST spells them, the architectures that torch is built for.
+    """Returns the architectures that torch is built for, as in TORCH_CUDA_ARCH_LIST.
 
-    `torch_flags` is what torch._C._cuda_getArchFlags() says, `codes` what nvcc can compile for. The
-    highest also comes as PTX, which the driver compiles for cards that are newer than all of these.
-    Raises ValueError if nothing is left.
+    `torch_flags` is what torch._C._cuda_getArchFlags() returns, `codes` what nvcc can compile for.
+    The highest is also built as PTX, which the driver compiles for newer GPUs. Raises ValueError if
+    none is left.
     """
     numbers = {int(number) for number in re.findall(r"\bsm_(\d+)\b", torch_flags)}
     supported = set(codes)
@@ -85,13 +85,13 @@ def architecture_list(torch_flags: str, codes: Iterable[str]) -> str:
 
 
 def jobs() -> int:
-    """Returns how many compilers may run at once; what is no number is passed over, as by torch."""
+    """Returns how many compilers may run at once; as in torch, a bad MAX_JOBS is ignored."""
     asked = os.environ.get("MAX_JOBS", "")
     return max(int(asked), 1) if asked.isdigit() else os.cpu_count() or 1
 
 
 def _places(guess: str | None) -> list[Path]:
-    """Returns the folders to look at, the most telling first."""
+    """Returns the folders to look at, the most reliable first."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         return [Path(named)]
@@ -99,7 +99,7 @@ def _places(guess: str | None) -> list[Path]:
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         places.append(Path(nvcc).resolve().parent.parent)
-        # A wrapper can lie anywhere, but nvcc itself knows where it was started from.
+        # A wrapper can be anywhere, but nvcc itself knows its own folder.
         plan = _output([nvcc, "--dryrun", "-x", "cu", os.devnull])
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
         if top is not None:
@@ -126,7 +126,7 @@ def _toolkit_in(home: Path) -> Toolkit | str:
 
 
 def _include(home: Path) -> Path | None:
-    """Returns the folder of the headers; conda has them only in a folder of the target."""
+    """Returns the folder of the headers; conda has them only in the folder of the target."""
     target = "sbsa" if platform.machine() == "aarch64" else platform.machine()
     for folder in (home / "include", home / "targets" / f"{target}-linux" / "include"):
         if (folder / "cuda_runtime.h").is_file():
@@ -135,7 +135,7 @@ def _include(home: Path) -> Path | None:
 
 
 def _output(command: list[str | Path]) -> str:
-    """Returns what a command prints, nothing if it cannot be run."""
+    """Returns what a command prints, or an empty string if it cannot be run."""
     try:
         answer = subprocess.run(
             [str(part) for part in command],

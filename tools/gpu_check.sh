@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and without network, against the torch that is installed:
-# build, tests, compute-sanitizer, benchmarks. Results, plots and logs go to OUT. Exits with 1 when
-# anything has failed; goes on all the same, so that one run shows everything. Under 8 minutes.
+# build, tests, compute-sanitizer, benchmarks. Results, plots and logs go to OUT. Continues after a
+# failure, so that one run shows everything, and then exits with 1. Under 8 minutes.
 #
 #   tools/gpu_check.sh OUT
 set -uo pipefail
@@ -13,7 +13,7 @@ summary=$out/summary.txt
 : > "$summary"
 failed=0
 
-# step NAME SECONDS COMMAND...: runs it with its output in OUT/NAME.log.
+# step NAME SECONDS COMMAND...: runs the command with its output in OUT/NAME.log.
 step() {
   local name=$1 limit=$2 start=$SECONDS status=ok
   shift 2
@@ -33,7 +33,7 @@ print(f"{name}, {capability[0]}.{capability[1]}; torch {torch.__version__}")
 EOF
 [ "${PIPESTATUS[0]}" = 0 ] || exit 1
 
-# For this GPU alone: the other architectures are compiled in CI.
+# For this GPU only: CI compiles the other architectures.
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c \
   'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 export TORCH_CUDA_ARCH_LIST GRADCLIP_CUDA=1

@@ -1,4 +1,4 @@
-"""A short list of calls for compute-sanitizer, with values checked: see gpu_check.sh."""
+"""A short list of calls for compute-sanitizer, with their results checked: see gpu_check.sh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gradients(sizes: list[int]) -> list[torch.Tensor]:
-    """One tensor of each size, all dtypes in turn, each of them one element off alignment."""
+    """One tensor of each size, the dtypes in turn, each one element off alignment."""
     result = []
     for i, size in enumerate(sizes):
         storage = torch.full((size + 1,), 0.5, dtype=DTYPES[i % len(DTYPES)], device="cuda")
@@ -21,7 +21,7 @@ def gradients(sizes: list[int]) -> list[torch.Tensor]:
 
 
 def check(sizes: list[int], norm_type: float, count: int) -> None:
-    """Clips a list, in which the first gradient stands `count` times, and looks at the numbers."""
+    """Clips a list in which the first gradient occurs `count` times, and checks the results."""
     found = gradients(sizes)
     parameters = []
     for gradient in [found[0]] * (count - 1) + found:
@@ -47,4 +47,4 @@ if __name__ == "__main__":
         check([100_000, 3, 40_000, 70_001, 9], norm_type, 2)
         check([37] * 300, norm_type, 1)
     torch.cuda.synchronize()
-    print("all values right")
+    print("all values correct")
