@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import fallback
+from gradclip_ext._ops import dtensor, fallback, units
+from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.observation import compiling
 from gradclip_ext._ops.scalars import Scalar, clip_coefficient, isfinite, known, select, smallest
@@ -34,12 +35,15 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "clip_units_",
+    "decayed_grad_norms",
     "get_total_norm",
     "grad_norms",
     "isfinite",
     "known",
     "native_grad_norms",
     "project_",
+    "require_real",
+    "require_writable",
     "scale_",
     "scale_each_",
     "select",
@@ -120,7 +124,10 @@ def grad_norms(
     ``dtype`` is what the caller rounds the norms to, None for that of the gradients; they are
     measured only as accurately as it requires.
     """
-    norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    norms = None
+    # Where every dtype can hold the factor, which the native engine does not look at.
+    if weight_decay <= by_hand.LARGEST_NATIVE_FACTOR:
+        norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
     if norms is None and weight_decay > 0.0:
         add_weight_decay_(parameters, weight_decay, Caller("add_weight_decay_"))
         norms = native_grad_norms(parameters, norm_type, dtype)
@@ -152,9 +159,34 @@ def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller)
         fallback.scale_each_(parameters, coefficients, caller)
 
 
-def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Caller) -> None:
-    """See :func:`gradclip_ext.add_weight_decay_`."""
-    fallback.add_weight_decay_(parameters, weight_decay, caller)
+def add_weight_decay_(
+    parameters: Sequence[Any],
+    weight_decay: float,
+    caller: Caller,
+    condition: bool | Tensor = True,
+) -> None:
+    """See :func:`gradclip_ext.add_weight_decay_`; nothing where the condition does not hold."""
+    if isinstance(condition, Tensor):
+        by_hand.add_weight_decay_where_(parameters, weight_decay, condition, caller)
+    elif condition:
+        by_hand.add_weight_decay_(parameters, weight_decay, caller)
+
+
+def decayed_grad_norms(
+    parameters: Sequence[Any], norm_type: float, weight_decay: float, caller: Caller
+) -> tuple[Tensor, Tensor]:
+    """What :func:`grad_norms` would measure after the weight decay, with nothing written yet.
+
+    It takes a copy of one gradient at a time.
+    """
+    one = Caller(caller.function, "gradients")
+
+    def norm_of(gradient: Tensor) -> Tensor:
+        norm = get_total_norm([gradient], norm_type, False, None, torch.float64, one)
+        return dtensor.whole(norm)
+
+    norms = by_hand.decayed_grad_norms(parameters, norm_type, weight_decay, caller, norm_of)
+    return norms or fallback.grad_norms(parameters, norm_type, caller)
 
 
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
@@ -162,9 +194,32 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
     return fallback.project_(parameters, max_norm, caller)
 
 
-def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller) -> None:
-    """See :func:`gradclip_ext.adaptive_clip_grad_`."""
-    fallback.clip_units_(parameters, clip_factor, eps, caller)
+def clip_units_(
+    parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller
+) -> Tensor | None:
+    """See :func:`gradclip_ext.adaptive_clip_grad_`; gives the smallest coefficient."""
+    return units.clip_units_(parameters, clip_factor, eps, caller)
+
+
+def require_writable(
+    parameters: Sequence[Any],
+    caller: Caller,
+    *,
+    weight_decay: float = 0.0,
+    clip_value: float | None = None,
+    by_units: bool = False,
+) -> None:
+    """Raise what one of these operations would raise, before any of them writes."""
+    fallback.require_writable(parameters, clip_value, caller)
+    by_hand.require_decayable(parameters, weight_decay, caller)
+    if by_units:
+        units.require_units(parameters, caller)
+
+
+def require_real(parameters: Sequence[Any], caller: Caller) -> None:
+    """Raise what limiting the elements of complex gradients would raise."""
+    if any(p.grad is not None and p.grad.is_complex() for p in parameters):
+        fallback.require_writable(parameters, 1.0, caller)
 
 
 def _known_max_norm(max_norm: Scalar) -> Scalar:

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext._ops import dtensor, torch_ops, torch_private
+from gradclip_ext._ops import dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
-    overlaps_itself,
     read_grads,
     read_tensors,
     refuse_integers,
     refuse_unwritable,
-    require_storage,
     stored_values,
 )
 from gradclip_ext._ops.observation import observed
@@ -43,12 +41,9 @@ def clip_grad_norm_(
     dtype: torch.dtype | None,
     caller: Caller,
 ) -> Tensor:
-    given, names = read_grads(parameters, caller)
-    if not given:
+    gradients = _writable(parameters, caller, foreach, norm_type)
+    if not gradients.given:
         return torch.tensor(0.0, dtype=dtype)
-    refuse_integers(given, names, caller.function)
-    gradients = Gradients(given, names, norm_type)
-    refuse_unwritable(given, names, caller.function)
     with _profiler_range(caller):
         norm, exact = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
         _clip(gradients, max_norm, exact, foreach)
@@ -82,13 +77,9 @@ def clip_grads_with_norm_(
     foreach: bool | None,
     caller: Caller,
 ) -> None:
-    given, names = read_grads(parameters, caller)
-    if not given:
+    gradients = _writable(parameters, caller, foreach)
+    if not gradients.given:
         return
-    refuse_integers(given, names, caller.function)
-    gradients = Gradients(given, names)
-    refuse_unwritable(given, names, caller.function)
-    torch_ops.require_foreach_support(gradients.in_place, foreach)
     if isinstance(total_norm, Tensor):
         norm = dtensor.whole(total_norm).detach().reshape(())
     else:
@@ -106,24 +97,13 @@ def clip_grad_value_(
     parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
 ) -> None:
     given, names = read_grads(parameters, caller)
-    for gradient, name in zip(given, names, strict=True):
-        if gradient.is_complex():
-            raise NotImplementedError(
-                f"{caller.function}: {name}: clamp is not supported for complex types"
-            )
-        if gradient.layout not in (torch.strided, torch.sparse_coo):
-            raise NotImplementedError(
-                f"{caller.function}: {name}: clamp is not supported for the layout "
-                f"{gradient.layout}"
-            )
-    refuse_integers(given, names, caller.function)
-    refuse_unwritable(given, names, caller.function)
-    for gradient in given:
-        # The value of an element is known only once the entries at its index are summed.
-        if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
-            gradient.copy_(gradient.coalesce())
-    gradients = Gradients(given, names)
-    torch_ops.require_foreach_support(gradients.in_place, foreach)
+    gradients = _clampable(given, names, clip_value, foreach, caller)
+    if any(gradient.layout == torch.sparse_coo for gradient in given):
+        for gradient in given:
+            # The value of an element is known only once the entries at its index are summed.
+            if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
+                gradient.copy_(gradient.coalesce())
+        gradients = Gradients(given, names)
     with _profiler_range(caller):
         gradients.clamp_(clip_value, foreach)
 
@@ -134,12 +114,16 @@ def grad_norms(
 ) -> tuple[Tensor, Tensor]:
     given, names = read_grads(parameters, caller)
     if not given:
-        zeros = torch.zeros(len(parameters), dtype=torch.float64)
-        return zeros.sum(), zeros
+        # Where the parameters are, unless nothing is stored there.
+        device = parameters[0].device if len(parameters) > 0 else torch.device("cpu")
+        device = torch.device("cpu") if device.type == "meta" else device
+        zeros = torch.zeros(len(parameters), dtype=torch.float64, device=device)
+        return torch.zeros((), dtype=torch.float64, device=device), zeros
     refuse_integers(given, names, caller.function)
 
     def norm_of(tensors: list[Tensor], names: list[str]) -> Tensor:
-        return Gradients(tensors, names, norm_type).total_norm(norm_type, None, torch.float64)[0]
+        gradients = Gradients(tensors, names, norm_type)
+        return dtensor.whole(gradients.total_norm(norm_type, None, torch.float64)[0])
 
     with _profiler_range(caller):
         # As a whole, like get_total_norm: norms of parts do not combine for every norm_type.
@@ -156,11 +140,7 @@ def grad_norms(
 
 @torch.no_grad()
 def scale_(parameters: Sequence[Any], coefficient: float | Tensor, caller: Caller) -> None:
-    given, names = read_grads(parameters, caller)
-    if not given:
-        return
-    gradients = Gradients(given, names)
-    refuse_unwritable(given, names, caller.function)
+    gradients = _writable(parameters, caller, None)
     if not isinstance(coefficient, Tensor):
         coefficient = torch.tensor(coefficient, dtype=torch.float64, device="cpu")
     gradients.scale_(coefficient, None)
@@ -181,12 +161,10 @@ def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller)
 
 @torch.no_grad()
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
-    given, names = read_grads(parameters, caller)
+    gradients = _writable(parameters, caller, None)
+    given = gradients.given
     if not given:
         return torch.tensor(0.0)
-    refuse_integers(given, names, caller.function)
-    gradients = Gradients(given, names)
-    refuse_unwritable(given, names, caller.function)
     with _profiler_range(caller):
         _, norm = gradients.total_norm(2.0, None, torch.float64)
         # A tensor, because torch divides a number by multiplying it by a rounded reciprocal.
@@ -200,87 +178,50 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
 
 
 @torch.no_grad()
-def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Caller) -> None:
+def require_writable(parameters: Sequence[Any], clip_value: float | None, caller: Caller) -> None:
+    """Raise what scaling, and limiting elements if ``clip_value`` is given, would raise."""
+    gradients = _writable(parameters, caller, None)
+    if clip_value is not None:
+        _clampable(gradients.given, gradients.names, clip_value, None, caller)
+
+
+def _writable(
+    parameters: Sequence[Any], caller: Caller, foreach: bool | None, norm_type: float = 2.0
+) -> Gradients:
+    """The gradients of a list, once it is clear that all of them can be scaled."""
     given, names = read_grads(parameters, caller)
-    if weight_decay == 0.0:
-        return
-    decayed = [parameter for parameter in parameters if parameter.grad is not None]
     refuse_integers(given, names, caller.function)
-    for parameter, gradient, name in zip(decayed, given, names, strict=True):
-        _refuse_to_decay(parameter, gradient, weight_decay, name, caller.function)
+    gradients = Gradients(given, names, norm_type)
     refuse_unwritable(given, names, caller.function)
-
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    # Without duplicates, so that no multi-tensor operation writes the same memory twice at once.
-    for parameter in dict.fromkeys(decayed):
-        gradient = parameter.grad
-        # No longer a Parameter, which would count as a subclass below.
-        weight = parameter.detach()
-        kind = (gradient.device, gradient.dtype)
-        if (weight.device, weight.dtype) == kind:
-            gradients, weights = groups.setdefault(kind, ([], []))
-            gradients.append(gradient)
-            weights.append(weight)
-        else:
-            gradient.add_(weight.to(*kind), alpha=weight_decay)
-    for (device, _), (gradients, weights) in groups.items():
-        if torch_ops.use_multi_tensor([*gradients, *weights], device, None):
-            torch_private.foreach_add_(gradients, weights, weight_decay)
-        else:
-            for gradient, weight in zip(gradients, weights, strict=True):
-                gradient.add_(weight, alpha=weight_decay)
+    torch_ops.require_foreach_support(gradients.in_place, foreach)
+    gradients.require_scalable(foreach)
+    return gradients
 
 
-def _refuse_to_decay(
-    parameter: Tensor, gradient: Tensor, weight_decay: float, name: str, function: str
-) -> None:
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"{function}: {name}: weight_decay option is not compatible with sparse gradients, "
-            f"found the layout {gradient.layout}"
-        )
-    if gradient.shape != parameter.shape:
-        raise ValueError(
-            f"{function}: {name} has to have the shape of its parameter, "
-            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
-        )
-    if parameter.is_complex() and not gradient.is_complex():
-        raise TypeError(
-            f"{function}: {name} has to be complex like its parameter, found {gradient.dtype}"
-        )
-    # torch raises for such a number, but only when it reaches this gradient.
-    if torch.finfo(gradient.dtype).max < weight_decay < math.inf:
-        raise ValueError(
-            f"{function}: weight_decay has to be a number that the dtype of {name}, "
-            f"{gradient.dtype}, can hold, found {weight_decay}"
-        )
-    require_storage(parameter, name.removesuffix(".grad"), function)
-
-
-@torch.no_grad()
-def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller) -> None:
-    pairs = [
-        (parameter, parameter.grad, caller.entry(index))
-        for index, parameter in enumerate(parameters)
-        if parameter.grad is not None
-    ]
-    # All are checked before the first is written, so that an error changes nothing.
-    for _, gradient, name in pairs:
-        _refuse_units(gradient, name, caller.function)
-    for parameter, gradient, _ in pairs:
-        torch_ops.clip_units_(parameter, gradient, clip_factor, eps)
-
-
-def _refuse_units(gradient: Tensor, name: str, function: str) -> None:
-    if gradient.layout != torch.strided:
-        raise NotImplementedError(
-            f"{function}: the gradient of {name} has to be dense, found layout {gradient.layout}"
-        )
-    if overlaps_itself(gradient):
-        raise RuntimeError(
-            f"{function}: the gradient of {name} has to have memory for each element, found shape "
-            f"{tuple(gradient.shape)} with strides {gradient.stride()}; clone() it first"
-        )
+def _clampable(
+    given: list[Tensor],
+    names: list[str],
+    clip_value: float,
+    foreach: bool | None,
+    caller: Caller,
+) -> Gradients:
+    """The same for limiting the elements."""
+    for gradient, name in zip(given, names, strict=True):
+        if gradient.is_complex():
+            raise NotImplementedError(
+                f"{caller.function}: {name}: clamp is not supported for complex types"
+            )
+        if gradient.layout not in (torch.strided, torch.sparse_coo):
+            raise NotImplementedError(
+                f"{caller.function}: {name}: clamp is not supported for the layout "
+                f"{gradient.layout}"
+            )
+    refuse_integers(given, names, caller.function)
+    refuse_unwritable(given, names, caller.function)
+    gradients = Gradients(given, names)
+    torch_ops.require_foreach_support(gradients.in_place, foreach)
+    gradients.require_clampable(clip_value, foreach)
+    return gradients
 
 
 def _measured(

@@ -5,12 +5,13 @@ Every error in a list is found here, before the first gradient is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gradclip_ext import _C, _arguments
 from gradclip_ext._ops import dtensor, torch_ops, torch_private
@@ -102,6 +103,15 @@ class Gradients:
         result_dtype = dtype or torch_ops.norm_dtype(self.given)
         return exact.to(result_dtype), exact
 
+    def require_scalable(self, foreach: bool | None) -> None:
+        """Raise what :meth:`scale_` would raise, before anything is written."""
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        rehearse(self.in_place, lambda probes: torch_ops.scale_(probes, one, foreach))
+
+    def require_clampable(self, clip_value: float, foreach: bool | None) -> None:
+        """Raise what :meth:`clamp_` would raise, before anything is written."""
+        rehearse(self.in_place, lambda probes: torch_ops.clamp_(probes, clip_value, foreach))
+
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
         """Multiply every gradient by a 0-dim tensor; 1 on the CPU writes nothing."""
         is_plain = not observed() and type(coefficient) is Tensor
@@ -172,16 +182,29 @@ def read_grads(parameters: Sequence[Any], caller: Caller) -> tuple[list[Tensor],
 
 
 def require_storage(tensor: Tensor, name: str, function: str) -> None:
-    """Refuse a tensor whose memory was freed, which torch would read all the same."""
+    """Refuse a tensor whose storage holds less than it needs, which torch would read all the same.
+
+    FSDP1 resizes storages to 0 bytes between uses; other sizes come from resizing by hand.
+    """
     if observed():
         return
     stored = stored_values(tensor)
-    if not _C.is_native(stored) or stored.numel() == 0:
+    is_plain = type(stored) is Tensor or type(stored) is Parameter or _C.is_native(stored)
+    if not is_plain or stored.layout != torch.strided or stored.numel() == 0:
         return
-    if stored.untyped_storage().nbytes() == 0:
+    sizes_and_strides = zip(stored.shape, stored.stride(), strict=True)
+    last = stored.storage_offset() + sum((size - 1) * stride for size, stride in sizes_and_strides)
+    needed = (last + 1) * stored.element_size()
+    found = stored.untyped_storage().nbytes()
+    if found == 0:
         raise RuntimeError(
             f"{function}: {name} of shape {tuple(tensor.shape)} has no memory: "
             "its storage was resized to 0 bytes"
+        )
+    if found < needed:
+        raise RuntimeError(
+            f"{function}: {name} of shape {tuple(tensor.shape)} needs a storage of {needed} bytes, "
+            f"found one of {found}"
         )
 
 
@@ -212,6 +235,26 @@ def refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> N
                 "written-to tensor refers to a single memory location. Please clone() the "
                 "tensor before performing the operation."
             )
+
+
+def rehearse(tensors: Sequence[Tensor], write: Callable[[list[Tensor]], None]) -> None:
+    """Run a writing operation on one element of each kind of tensor.
+
+    What torch refuses to do to a dtype, a device or a lazily conjugated tensor it then refuses
+    before the first gradient is written. Subclasses decide for themselves what they do, and cannot
+    be rehearsed.
+    """
+    if observed():
+        return
+    probes: dict[tuple[Any, ...], Tensor] = {}
+    for tensor in tensors:
+        kind = (tensor.device, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        if kind not in probes and type(tensor) in (Tensor, Parameter):
+            probe = torch.ones(1, dtype=tensor.dtype, device=tensor.device)
+            probe = torch_private.negated(probe) if tensor.is_neg() else probe
+            probes[kind] = probe.conj() if tensor.is_conj() else probe
+    if probes:
+        write(list(probes.values()))
 
 
 def stored_values(gradient: Tensor) -> Tensor:

@@ -92,6 +92,9 @@ def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -> None:
     """Clamp every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     for _, group, multi_tensor in _groups(tensors, foreach):
+        if not group[0].is_complex() and clip_value > torch.finfo(group[0].dtype).max:
+            # No finite element exceeds it, and torch refuses a number that the dtype cannot hold.
+            continue
         if multi_tensor:
             torch_private.foreach_clamp_(group, clip_value)
         else:
@@ -132,27 +135,3 @@ def use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | 
     if not compiling() and any(t.is_neg() or t.is_conj() for t in group):
         return False
     return torch_private.has_foreach_support(group, device)
-
-
-def clip_units_(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> None:
-    """Clip each unit of a dense gradient in place; see ``adaptive_clip_grad_``."""
-    limits = _unit_norms(parameter).clamp(min=eps) * clip_factor
-    norms = _unit_norms(gradient)
-    exceeds = (norms > limits) & norms.isfinite()
-    coefficients = (limits / norms.clamp(min=1e-6)).masked_fill(exceeds.logical_not(), 1.0)
-    wide = gradient.dtype in (torch.float64, torch.complex128)
-    # At least one dimension, and float32 for 16 bits: torch would round a 0-dim coefficient to the
-    # gradient's dtype before multiplying.
-    whole = gradient if gradient.dim() else gradient.unsqueeze(0)
-    whole.mul_(coefficients.to(torch.float64 if wide else torch.float32))
-
-
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """The norm of each unit in float64, in a shape that broadcasts with the tensor's."""
-    if tensor.dim() == 0:
-        tensor = tensor.unsqueeze(0)
-    dimensions = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else (0,)
-    # In 16 bits a sum of many squares would lose most of them.
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dimensions, keepdim=True, dtype=wide)
-    return norms.to(torch.float64)

@@ -15,6 +15,7 @@ __all__ = [
     "foreach_clamp_",
     "foreach_mul_",
     "has_foreach_support",
+    "negated",
     "stored_values",
 ]
 
@@ -43,6 +44,11 @@ def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
     """Clamp every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     torch._foreach_clamp_min_(tensors, -clip_value)
     torch._foreach_clamp_max_(tensors, clip_value)
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    """A view whose elements are negated when they are read."""
+    return torch._neg_view(tensor)
 
 
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:

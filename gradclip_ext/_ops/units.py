@@ -1,0 +1,107 @@
+"""Unit-wise clipping through torch's operations: a coefficient for each row of a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext._ops.gradients import (
+    Caller,
+    overlaps_itself,
+    read_grads,
+    refuse_integers,
+    refuse_unwritable,
+    rehearse,
+    require_storage,
+)
+
+
+@torch.no_grad()
+def clip_units_(
+    parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller
+) -> Tensor | None:
+    """See :func:`gradclip_ext.adaptive_clip_grad_`.
+
+    Returns:
+        The smallest coefficient, 0-dim and float64 on the first gradient's device; None if there is
+        no unit.
+    """
+    pairs = _read(parameters, caller)
+    # All before the first write: norms of a parameter on another device cannot be compared.
+    coefficients = [
+        _coefficients(parameter, gradient, clip_factor, eps) for parameter, gradient in pairs
+    ]
+    for (_, gradient), own in zip(pairs, coefficients, strict=True):
+        _multiply_(gradient, own)
+    smallest = [own.min() for own in coefficients if own.numel() > 0]
+    if not smallest:
+        return None
+    return torch.stack([number.to(smallest[0].device) for number in smallest]).min()
+
+
+@torch.no_grad()
+def require_units(parameters: Sequence[Any], caller: Caller) -> None:
+    """Raise what :func:`clip_units_` would raise of the gradients, with nothing changed."""
+    _read(parameters, caller)
+
+
+def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tensor]]:
+    given, names = read_grads(parameters, caller)
+    owners = [
+        (parameter, caller.entry(index))
+        for index, parameter in enumerate(parameters)
+        if parameter.grad is not None
+    ]
+    for (parameter, name), gradient in zip(owners, given, strict=True):
+        _refuse(parameter, gradient, name, caller.function)
+    refuse_integers(given, names, caller.function)
+    refuse_unwritable(given, names, caller.function)
+
+    def multiply(probes: list[Tensor]) -> None:
+        for probe in probes:
+            _multiply_(probe, torch.ones(1, dtype=torch.float64, device=probe.device))
+
+    rehearse(given, multiply)
+    return [(parameter, gradient) for (parameter, _), gradient in zip(owners, given, strict=True)]
+
+
+def _refuse(parameter: Tensor, gradient: Tensor, name: str, function: str) -> None:
+    if gradient.layout != torch.strided:
+        raise NotImplementedError(
+            f"{function}: the gradient of {name} has to be dense, found layout {gradient.layout}"
+        )
+    if overlaps_itself(gradient):
+        raise RuntimeError(
+            f"{function}: the gradient of {name} has to have memory for each element, found shape "
+            f"{tuple(gradient.shape)} with strides {gradient.stride()}; clone() it first"
+        )
+    require_storage(parameter, name, function)
+
+
+def _coefficients(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> Tensor:
+    limits = _unit_norms(parameter).clamp(min=eps) * clip_factor
+    norms = _unit_norms(gradient)
+    exceeds = (norms > limits) & norms.isfinite()
+    return (limits / norms.clamp(min=1e-6)).masked_fill(exceeds.logical_not(), 1.0)
+
+
+def _multiply_(gradient: Tensor, coefficients: Tensor) -> None:
+    wide = gradient.dtype in (torch.float64, torch.complex128)
+    # At least one dimension, and float32 for 16 bits: torch would round a 0-dim coefficient to the
+    # gradient's dtype before it multiplies.
+    whole = gradient if gradient.dim() else gradient.unsqueeze(0)
+    whole.mul_(coefficients.to(torch.float64 if wide else torch.float32))
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """The norm of each unit in float64, in a shape that broadcasts with the tensor's."""
+    if tensor.dim() == 0:
+        tensor = tensor.unsqueeze(0)
+    dimensions = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else (0,)
+    # In 16 bits a sum of many squares would lose most of them.
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dimensions, keepdim=True, dtype=wide)
+    return norms.to(torch.float64)

@@ -1,0 +1,139 @@
+"""Coupled L2 regularization through torch's operations: a multiple of each parameter is added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext._ops import torch_ops, torch_private
+from gradclip_ext._ops.gradients import (
+    Caller,
+    read_grads,
+    refuse_integers,
+    refuse_unwritable,
+    rehearse,
+    require_storage,
+)
+
+# The largest factor that every dtype of the native engine can hold: that of float16.
+LARGEST_NATIVE_FACTOR = 65504.0
+
+
+@torch.no_grad()
+def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Caller) -> None:
+    """See :func:`gradclip_ext.add_weight_decay_`."""
+    pairs = _read(parameters, weight_decay, caller)
+    if weight_decay == 0.0:
+        return
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for gradient, weight in pairs:
+        gradients, weights = groups.setdefault((gradient.device, gradient.dtype), ([], []))
+        gradients.append(gradient)
+        # Converted before the first gradient is written, since that can fail. Detached, because a
+        # Parameter would count as a subclass.
+        weights.append(weight.detach().to(gradient.device, gradient.dtype))
+    for (device, _), (gradients, weights) in groups.items():
+        if torch_ops.use_multi_tensor([*gradients, *weights], device, None):
+            torch_private.foreach_add_(gradients, weights, weight_decay)
+        else:
+            for gradient, weight in zip(gradients, weights, strict=True):
+                gradient.add_(weight, alpha=weight_decay)
+
+
+@torch.no_grad()
+def require_decayable(parameters: Sequence[Any], weight_decay: float, caller: Caller) -> None:
+    """Raise what :func:`add_weight_decay_` would raise, with nothing changed."""
+    _read(parameters, weight_decay, caller)
+
+
+@torch.no_grad()
+def add_weight_decay_where_(
+    parameters: Sequence[Any], weight_decay: float, condition: Tensor, caller: Caller
+) -> None:
+    """As :func:`add_weight_decay_` if a 0-dim tensor, which is not read, holds True."""
+    for gradient, weight in _read(parameters, weight_decay, caller):
+        added = _added(gradient, weight, weight_decay)
+        gradient.copy_(torch.where(condition.to(gradient.device), added, gradient))
+
+
+@torch.no_grad()
+def decayed_grad_norms(
+    parameters: Sequence[Any],
+    norm_type: float,
+    weight_decay: float,
+    caller: Caller,
+    norm_of: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """The norms after the weight decay, with nothing written: None if there is no gradient.
+
+    ``norm_of`` measures a copy of one gradient after another.
+    """
+    pairs = _read(parameters, weight_decay, caller)
+    if not pairs:
+        return None
+    owners = {id(parameter): index for index, parameter in enumerate(parameters)}
+    found = [norm_of(_added(gradient, weight, weight_decay)) for gradient, weight in pairs]
+    measured = torch.stack([norm.to(found[0].device) for norm in found])
+    total = measured.sum() if norm_type == 0.0 else torch.linalg.vector_norm(measured, norm_type)
+    each = measured.new_zeros(len(parameters))
+    for (_, weight), norm in zip(pairs, measured, strict=True):
+        each[owners[id(weight)]] = norm
+    return total, each
+
+
+def _added(gradient: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
+    weight = weight.detach().to(gradient.device, gradient.dtype)
+    return torch.add(gradient, weight, alpha=weight_decay)
+
+
+def _read(
+    parameters: Sequence[Any], weight_decay: float, caller: Caller
+) -> list[tuple[Tensor, Tensor]]:
+    """Each gradient with its parameter, once; all that can be wrong is found here."""
+    given, names = read_grads(parameters, caller)
+    if weight_decay == 0.0:
+        return []
+    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    refuse_integers(given, names, caller.function)
+    for parameter, gradient, name in zip(owners, given, names, strict=True):
+        _refuse(parameter, gradient, weight_decay, name, caller.function)
+    refuse_unwritable(given, names, caller.function)
+
+    def add(probes: list[Tensor]) -> None:
+        for probe in probes:
+            probe.add_(probe.resolve_conj().resolve_neg().clone(), alpha=weight_decay)
+
+    rehearse(given, add)
+    # Without duplicates, so that no multi-tensor operation writes the same memory twice at once.
+    pairs = zip(owners, given, strict=True)
+    return list({id(owner): (gradient, owner) for owner, gradient in pairs}.values())
+
+
+def _refuse(
+    parameter: Tensor, gradient: Tensor, weight_decay: float, name: str, function: str
+) -> None:
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{function}: {name}: weight_decay option is not compatible with sparse gradients, "
+            f"found the layout {gradient.layout}"
+        )
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{function}: {name} has to have the shape of its parameter, "
+            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
+        )
+    if parameter.is_complex() and not gradient.is_complex():
+        raise TypeError(
+            f"{function}: {name} has to be complex like its parameter, found {gradient.dtype}"
+        )
+    # torch raises for such a number, but only when it reaches this gradient.
+    if torch.finfo(gradient.dtype).max < weight_decay < math.inf:
+        raise ValueError(
+            f"{function}: weight_decay has to be a number that the dtype of {name}, "
+            f"{gradient.dtype}, can hold, found {weight_decay}"
+        )
+    require_storage(parameter, name.removesuffix(".grad"), function)
