@@ -40,25 +40,25 @@ void write(const TensorList& tensors, const Work& work) {
 }
 
 // The power sum of each (tensor, worker) pair; `decay` may be null.
-std::vector<double> measured_slots(const FlatIndex& index, Norm norm, Precision precision,
+std::vector<double> measured_slots(const FlatIndex& index, Norm kind, Precision precision,
                                    const Decay* decay) {
   if (index.tensors() == 0) return {};
   std::vector<double> slots(
       static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
   for_all_workers(index, /*serial=*/false, [&](Range workers) {
-    cpu::power_sums(index, norm, precision, decay, workers, slots.data());
+    cpu::power_sums(index, kind, precision, decay, workers, slots.data());
   });
   return slots;
 }
 
-double sum_of(Norm norm, const std::vector<double>& slots) {
-  PowerSum total(norm);
+double sum_of(Norm kind, const std::vector<double>& slots) {
+  PowerSum total(kind);
   for (const double partial : slots) total.add(partial);
   return total.value();
 }
 
-double measured(const TensorList& tensors, Norm norm, Precision precision) {
-  return sum_of(norm, measured_slots(tensors.index_for_reading(), norm, precision, nullptr));
+double measured(const TensorList& tensors, Norm kind, Precision precision) {
+  return sum_of(kind, measured_slots(tensors.index_for_reading(), kind, precision, nullptr));
 }
 
 void scale_by(const TensorList& tensors, double coefficient) {
@@ -91,22 +91,22 @@ at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
   return tensor;
 }
 
-Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm norm, Precision precision,
+Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm kind, Precision precision,
                const Decay* decay) {
-  const std::vector<double> slots = measured_slots(index, norm, precision, decay);
-  const std::vector<double> norms = cpu::tensor_norms(index, norm, slots);
+  const std::vector<double> slots = measured_slots(index, kind, precision, decay);
+  const std::vector<double> norms = cpu::tensor_norms(index, kind, slots);
   const at::Tensor each(at::detail::empty_cpu({tensors.listed()}, at::kDouble));
   double* values = each.mutable_data_ptr<double>();
   std::fill_n(values, tensors.listed(), 0.0);
   const std::vector<int64_t> positions = tensors.positions();
   for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
-  return {scalar_tensor(finish(norm, sum_of(norm, slots)), at::kDouble), each};
+  return {scalar_tensor(finish(kind, sum_of(kind, slots)), at::kDouble), each};
 }
 
 class CpuEngine final : public Engine {
  public:
-  at::Tensor power_sum(const TensorList& tensors, Norm norm) const override {
-    return scalar_tensor(measured(tensors, norm, Precision::kFloat64), at::kDouble);
+  at::Tensor power_sum(const TensorList& tensors, Norm kind) const override {
+    return scalar_tensor(measured(tensors, kind, Precision::kFloat64), at::kDouble);
   }
 
   std::optional<at::Tensor> total_norm(const TensorList& tensors,
@@ -124,16 +124,16 @@ class CpuEngine final : public Engine {
     return scalar_tensor(*norm, request.result_dtype);
   }
 
-  std::optional<Norms> norms(const TensorList& tensors, Norm norm, Precision precision,
+  std::optional<Norms> norms(const TensorList& tensors, Norm kind, Precision precision,
                              const WeightDecay* decay) const override {
     if (decay == nullptr) {
-      return norms_of(tensors, tensors.index_for_reading(), norm, precision, nullptr);
+      return norms_of(tensors, tensors.index_for_reading(), kind, precision, nullptr);
     }
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
     if (indices.size() != 1) return std::nullopt;
     const std::vector<const void*> parameters = decay->parameters.pointers();
     const Decay added = {decay->factor, parameters.data()};
-    return norms_of(tensors, indices.front(), norm, precision, &added);
+    return norms_of(tensors, indices.front(), kind, precision, &added);
   }
 
   void scale(const TensorList& tensors, const Scalar& coefficient) const override {
@@ -164,7 +164,7 @@ class CpuEngine final : public Engine {
  private:
   // nullopt where the norm is to be an error.
   static std::optional<double> checked_norm(const TensorList& tensors, const NormRequest& request) {
-    const double norm = finish(request.norm, measured(tensors, request.norm, request.precision));
+    const double norm = finish(request.kind, measured(tensors, request.kind, request.precision));
     if (request.error_if_nonfinite && !std::isfinite(norm)) return std::nullopt;
     return norm;
   }

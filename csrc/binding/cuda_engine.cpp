@@ -78,20 +78,20 @@ cuda::Scalar scalar_of(const Scalar& scalar) {
 // Partial sums of all tensors, queued for the kernels that follow on the same stream.
 class Measurement {
  public:
-  Measurement(const Queue& queue, const FlatIndex& index, Norm norm, Precision precision)
-      : norm_(norm) {
+  Measurement(const Queue& queue, const FlatIndex& index, Norm kind, Precision precision)
+      : kind_(kind) {
     const cuda::Plan plan = plan_of(index);
     count_ = plan.partials();
     // Never nothing, since a null pointer means something else to the kernels.
     memory_ = queue.scratch(std::max<int64_t>(count_, 1));
-    check(cuda::power_sums(plan, norm, precision, partials(), nullptr, queue.stream()));
+    check(cuda::power_sums(plan, kind, precision, partials(), nullptr, queue.stream()));
   }
 
   // Either may be null.
   void finish(const Queue& queue, double* power_sum, const at::Tensor& norm_result) const {
     void* result = norm_result.defined() ? norm_result.mutable_data_ptr() : nullptr;
     const at::ScalarType dtype = norm_result.defined() ? norm_result.scalar_type() : at::kDouble;
-    check(cuda::finish(norm_, partials(), count_, power_sum, *native_dtype(dtype), result,
+    check(cuda::finish(kind_, partials(), count_, power_sum, *native_dtype(dtype), result,
                        queue.stream()));
   }
 
@@ -99,14 +99,14 @@ class Measurement {
   double awaited_norm(const Queue& queue) const {
     const at::Tensor sum = queue.empty(at::kDouble);
     finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
-    return gradclip::finish(norm_, sum.item().toDouble());
+    return gradclip::finish(kind_, sum.item().toDouble());
   }
 
   double* partials() const { return static_cast<double*>(memory_.get()); }
   int32_t count() const { return static_cast<int32_t>(count_); }
 
  private:
-  Norm norm_;
+  Norm kind_;
   int64_t count_ = 0;
   c10::DataPtr memory_;
 };
@@ -162,17 +162,17 @@ bool have_same_alignment(const FlatIndex& index, const std::vector<const void*>&
 }
 
 Norms norms_of(const Queue& queue, const TensorList& tensors, int64_t count, const cuda::Plan& plan,
-               Norm norm, Precision precision) {
+               Norm kind, Precision precision) {
   const at::Tensor total = queue.empty(at::kDouble);
   const at::Tensor compact = queue.empty(at::kDouble, {count});
   const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan.partials(), 1));
   const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan.slots(), 1));
   double* partial = static_cast<double*>(partials.get());
   double* slot = static_cast<double*>(slots.get());
-  check(cuda::power_sums(plan, norm, precision, partial, slot, queue.stream()));
-  check(cuda::finish(norm, partial, plan.partials(), nullptr, DType::kFloat64,
+  check(cuda::power_sums(plan, kind, precision, partial, slot, queue.stream()));
+  check(cuda::finish(kind, partial, plan.partials(), nullptr, DType::kFloat64,
                      total.mutable_data_ptr(), queue.stream()));
-  check(cuda::tensor_norms(plan, norm, slot, compact.mutable_data_ptr<double>(), queue.stream()));
+  check(cuda::tensor_norms(plan, kind, slot, compact.mutable_data_ptr<double>(), queue.stream()));
   const at::Tensor positions = positions_on(queue, tensors);
   if (!positions.defined()) return {total, compact};
   const at::Tensor each = queue.empty(at::kDouble, {tensors.listed()});
@@ -183,10 +183,10 @@ Norms norms_of(const Queue& queue, const TensorList& tensors, int64_t count, con
 
 class CudaEngine final : public Engine {
  public:
-  at::Tensor power_sum(const TensorList& tensors, Norm norm) const override {
+  at::Tensor power_sum(const TensorList& tensors, Norm kind) const override {
     const Queue queue(tensors);
     const at::Tensor sum = queue.empty(at::kDouble);
-    const Measurement measurement(queue, tensors.index_for_reading(), norm, Precision::kFloat64);
+    const Measurement measurement(queue, tensors.index_for_reading(), kind, Precision::kFloat64);
     measurement.finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
     return sum;
   }
@@ -195,7 +195,7 @@ class CudaEngine final : public Engine {
                                        const NormRequest& request) const override {
     const Queue queue(tensors);
     const at::Tensor result = queue.empty(request.result_dtype);
-    const Measurement measurement(queue, tensors.index_for_reading(), request.norm,
+    const Measurement measurement(queue, tensors.index_for_reading(), request.kind,
                                   request.precision);
     if (request.error_if_nonfinite && !std::isfinite(measurement.awaited_norm(queue))) {
       return std::nullopt;
@@ -209,7 +209,7 @@ class CudaEngine final : public Engine {
     const Queue queue(tensors);
     const at::Tensor result = queue.empty(request.result_dtype);
     cuda::Clip clip = {};
-    clip.norm = request.norm;
+    clip.kind = request.kind;
     clip.max_norm = scalar_of(max_norm);
     clip.norm_result = result.mutable_data_ptr();
     clip.norm_dtype = *native_dtype(request.result_dtype);
@@ -220,7 +220,7 @@ class CudaEngine final : public Engine {
       check(cuda::clip_in_one_block(plan_of(writable), request.precision, clip, queue.stream()));
       return result;
     }
-    const Measurement measurement(queue, index, request.norm, request.precision);
+    const Measurement measurement(queue, index, request.kind, request.precision);
     if (request.error_if_nonfinite && !std::isfinite(measurement.awaited_norm(queue))) {
       return std::nullopt;
     }
@@ -235,12 +235,12 @@ class CudaEngine final : public Engine {
     return result;
   }
 
-  std::optional<Norms> norms(const TensorList& tensors, Norm norm, Precision precision,
+  std::optional<Norms> norms(const TensorList& tensors, Norm kind, Precision precision,
                              const WeightDecay* decay) const override {
     if (decay == nullptr) {
       const Queue queue(tensors);
       const FlatIndex index = tensors.index_for_reading();
-      return norms_of(queue, tensors, index.tensors(), plan_of(index), norm, precision);
+      return norms_of(queue, tensors, index.tensors(), plan_of(index), kind, precision);
     }
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
     if (indices.size() != 1) return std::nullopt;
@@ -253,7 +253,7 @@ class CudaEngine final : public Engine {
     const cudaError_t error = cuda::make_plan(index, &added, &plan);
     if (error == cudaErrorNotSupported) return std::nullopt;
     check(error);
-    return norms_of(queue, tensors, index.tensors(), plan, norm, precision);
+    return norms_of(queue, tensors, index.tensors(), plan, kind, precision);
   }
 
   void scale(const TensorList& tensors, const Scalar& coefficient) const override {

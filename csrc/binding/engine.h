@@ -24,7 +24,7 @@ struct Scalar {
 
 // The norm that is asked for.
 struct NormRequest {
-  Norm norm;
+  Norm kind;
   Precision precision;
   at::ScalarType result_dtype;
   // Whether a norm that is not finite is for the fallback, which words the error.
@@ -50,7 +50,7 @@ class Engine {
  public:
   // Sum of |x|^p over all tensors, or their largest magnitude for the infinity norm: 0-dim, in
   // float64, on the tensors' device.
-  virtual at::Tensor power_sum(const TensorList& tensors, Norm norm) const = 0;
+  virtual at::Tensor power_sum(const TensorList& tensors, Norm kind) const = 0;
 
   virtual std::optional<at::Tensor> total_norm(const TensorList& tensors,
                                                const NormRequest& request) const = 0;
@@ -60,7 +60,7 @@ class Engine {
                                               const Scalar& max_norm) const = 0;
 
   // `decay` may be null; with one, the gradients are changed in the same pass.
-  virtual std::optional<Norms> norms(const TensorList& tensors, Norm norm, Precision precision,
+  virtual std::optional<Norms> norms(const TensorList& tensors, Norm kind, Precision precision,
                                      const WeightDecay* decay) const = 0;
 
   // A coefficient of exactly 1 writes nothing.

@@ -42,10 +42,10 @@ Precision precision_for(at::ScalarType dtype) {
   return dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
 }
 
-NormRequest request_of(const TensorList& tensors, Norm norm, bool error_if_nonfinite,
+NormRequest request_of(const TensorList& tensors, Norm kind, bool error_if_nonfinite,
                        std::optional<at::ScalarType> dtype) {
   const at::ScalarType result_dtype = dtype.value_or(tensors.norm_dtype());
-  return {norm, precision_for(result_dtype), result_dtype, error_if_nonfinite};
+  return {kind, precision_for(result_dtype), result_dtype, error_if_nonfinite};
 }
 
 // Whether the elements of each parameter are in memory as those of its gradient, one by one.
@@ -66,17 +66,17 @@ bool same_layout(const TensorList& gradients, const TensorList& parameters) {
 }  // namespace
 
 std::optional<at::Tensor> clip_grad_norm_(const TensorList& gradients, const Scalar& max_norm,
-                                          Norm norm, bool error_if_nonfinite,
+                                          Norm kind, bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype) {
-  const NormRequest request = request_of(gradients, norm, error_if_nonfinite, dtype);
+  const NormRequest request = request_of(gradients, kind, error_if_nonfinite, dtype);
   return run("gradclip_ext::clip_grad_norm_", Access::kWrite, gradients,
              [&](const Engine& engine) { return engine.clip_norm(gradients, request, max_norm); });
 }
 
-std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm norm,
+std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm kind,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype) {
-  const NormRequest request = request_of(tensors, norm, error_if_nonfinite, dtype);
+  const NormRequest request = request_of(tensors, kind, error_if_nonfinite, dtype);
   return run("gradclip_ext::get_total_norm", Access::kRead, tensors,
              [&](const Engine& engine) { return engine.total_norm(tensors, request); });
 }
@@ -98,7 +98,7 @@ std::optional<int64_t> clip_grad_value_(const TensorList& gradients, double clip
              });
 }
 
-std::optional<Norms> grad_norms(const TensorList& gradients, Norm norm,
+std::optional<Norms> grad_norms(const TensorList& gradients, Norm kind,
                                 std::optional<at::ScalarType> dtype, const WeightDecay* decay) {
   const Precision precision = precision_for(dtype.value_or(gradients.norm_dtype()));
   const Access access = decay == nullptr ? Access::kRead : Access::kWrite;
@@ -107,7 +107,7 @@ std::optional<Norms> grad_norms(const TensorList& gradients, Norm norm,
                if (decay != nullptr && !same_layout(gradients, decay->parameters)) {
                  return std::nullopt;
                }
-               return engine.norms(gradients, norm, precision, decay);
+               return engine.norms(gradients, kind, precision, decay);
              });
 }
 
@@ -133,9 +133,9 @@ std::optional<int64_t> clamp_(const TensorList& tensors, double bound) {
   });
 }
 
-at::Tensor power_sum(const TensorList& tensors, Norm norm) {
+at::Tensor power_sum(const TensorList& tensors, Norm kind) {
   return *run("gradclip_ext::power_sum", Access::kRead, tensors, [&](const Engine& engine) {
-    return std::optional<at::Tensor>(engine.power_sum(tensors, norm));
+    return std::optional<at::Tensor>(engine.power_sum(tensors, kind));
   });
 }
 

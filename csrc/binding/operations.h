@@ -19,10 +19,10 @@ namespace gradclip::binding {
 // The four functions of torch.nn.utils. `dtype` overrides the dtype of the result. Those that take
 // error_if_nonfinite decline where it is set and the norm is not finite.
 std::optional<at::Tensor> clip_grad_norm_(const TensorList& gradients, const Scalar& max_norm,
-                                          Norm norm, bool error_if_nonfinite,
+                                          Norm kind, bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype);
 
-std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm norm,
+std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm kind,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype);
 
@@ -35,7 +35,7 @@ std::optional<int64_t> clip_grad_value_(const TensorList& gradients, double clip
 // The norms are good for results of `dtype`, which without one is that of get_total_norm. With
 // `decay`, which may be null, it is added to the gradients in the same pass; declined where the
 // parameters are not in memory as the gradients are, or gradients share memory.
-std::optional<Norms> grad_norms(const TensorList& gradients, Norm norm,
+std::optional<Norms> grad_norms(const TensorList& gradients, Norm kind,
                                 std::optional<at::ScalarType> dtype, const WeightDecay* decay);
 
 // Multiplies every tensor in place. A coefficient of exactly 1 writes nothing.
@@ -51,6 +51,6 @@ std::optional<int64_t> clamp_(const TensorList& tensors, double bound);
 
 // Sum of |x|^p over all tensors, or their largest magnitude for the infinity norm: 0-dim, in
 // float64, on their device.
-at::Tensor power_sum(const TensorList& tensors, Norm norm);
+at::Tensor power_sum(const TensorList& tensors, Norm kind);
 
 }  // namespace gradclip::binding

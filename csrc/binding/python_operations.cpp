@@ -80,25 +80,25 @@ TensorList require_native(py::handle sequence) {
 
 py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, double norm_type,
                            bool error_if_nonfinite, py::handle dtype) {
-  const std::optional<Norm> norm = native_norm(norm_type);
-  TensorList gradients(/*accept_complex=*/norm == Norm::kL2);
-  if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  const std::optional<Norm> kind = native_norm(norm_type);
+  TensorList gradients(/*accept_complex=*/kind == Norm::kL2);
+  if (!kind || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
   const std::optional<Scalar> largest = read_scalar(max_norm, gradients);
   if (!largest) return py::none();
   const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   return wrapped_or_none(without_gil([&] {
-    return binding::clip_grad_norm_(gradients, *largest, *norm, error_if_nonfinite, result_dtype);
+    return binding::clip_grad_norm_(gradients, *largest, *kind, error_if_nonfinite, result_dtype);
   }));
 }
 
 py::object get_total_norm(py::handle tensors, double norm_type, bool error_if_nonfinite,
                           py::handle dtype) {
-  const std::optional<Norm> norm = native_norm(norm_type);
-  TensorList measured(/*accept_complex=*/norm == Norm::kL2);
-  if (!norm || !gather_native(tensors, Read::kTensors, &measured)) return py::none();
+  const std::optional<Norm> kind = native_norm(norm_type);
+  TensorList measured(/*accept_complex=*/kind == Norm::kL2);
+  if (!kind || !gather_native(tensors, Read::kTensors, &measured)) return py::none();
   const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   return wrapped_or_none(without_gil(
-      [&] { return binding::get_total_norm(measured, *norm, error_if_nonfinite, result_dtype); }));
+      [&] { return binding::get_total_norm(measured, *kind, error_if_nonfinite, result_dtype); }));
 }
 
 py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm,
@@ -121,10 +121,10 @@ py::object clip_grad_value_(py::handle parameters, double clip_value) {
 
 py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
                       double weight_decay) {
-  const std::optional<Norm> norm = native_norm(norm_type);
-  TensorList gradients(/*accept_complex=*/norm == Norm::kL2);
-  if (!norm || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
-  TensorList decayed(/*accept_complex=*/norm == Norm::kL2);
+  const std::optional<Norm> kind = native_norm(norm_type);
+  TensorList gradients(/*accept_complex=*/kind == Norm::kL2);
+  if (!kind || !gather_native(parameters, Read::kGrads, &gradients)) return py::none();
+  TensorList decayed(/*accept_complex=*/kind == Norm::kL2);
   const bool decays = weight_decay != 0.0;
   if (decays && !gather_native(parameters, Read::kParametersWithGrads, &decayed)) {
     return py::none();
@@ -132,7 +132,7 @@ py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
   const WeightDecay decay = {weight_decay, decayed};
   const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
   return wrapped_or_none(without_gil([&] {
-    return binding::grad_norms(gradients, *norm, result_dtype, decays ? &decay : nullptr);
+    return binding::grad_norms(gradients, *kind, result_dtype, decays ? &decay : nullptr);
   }));
 }
 
@@ -156,10 +156,10 @@ py::object scale_each_(py::handle parameters, py::handle coefficients) {
 }
 
 py::object power_sum(py::handle tensors, double norm_type) {
-  const std::optional<Norm> norm = native_norm(norm_type);
-  if (!norm) throw py::value_error("norm_type has to be 1, 2 or inf");
+  const std::optional<Norm> kind = native_norm(norm_type);
+  if (!kind) throw py::value_error("norm_type has to be 1, 2 or inf");
   const TensorList measured = require_native(tensors);
-  return wrapped(without_gil([&] { return binding::power_sum(measured, *norm); }));
+  return wrapped(without_gil([&] { return binding::power_sum(measured, *kind); }));
 }
 
 void scale_tensors_(py::handle tensors, py::handle coefficient) {

@@ -1,7 +1,7 @@
 // The functions of _C as Python calls them: they read the arguments, release the GIL, run the
 // operation and wrap its answer. Every operation on parameters answers None when it declines a
-// list, with nothing changed, and a value when it took it; gradclip_ext/_ops/fallback.py
-// is the fallback.
+// list, with nothing changed, and a value when it took it. What is declined is for the package's
+// fallback, in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

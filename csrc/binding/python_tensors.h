@@ -16,7 +16,7 @@ enum class Read { kTensors, kGrads, kParametersWithGrads };
 
 // Collects the tensors of an exact list or tuple, or their .grad where there is one, or those that
 // have a .grad, of which the last refuses subclasses. False means
-// that this list is for the general way, which also words every error; nothing was changed.
+// that this list is for the fallback, which also words every error; nothing was changed.
 // Throws only what reading a subclass's own `grad` attribute throws.
 bool gather(PyObject* sequence, Read read, TensorList* tensors);
 

@@ -22,10 +22,10 @@ enum class Precision : uint8_t { kFloat32, kFloat64 };
 // there are, to the last bit or two of a double. NaN and infinity always propagate.
 class PowerSum {
  public:
-  GRADCLIP_HOST_DEVICE explicit PowerSum(Norm norm) : norm_(norm) {}
+  GRADCLIP_HOST_DEVICE explicit PowerSum(Norm kind) : kind_(kind) {}
 
   GRADCLIP_HOST_DEVICE void add(double partial) {
-    if (norm_ == Norm::kInf) {
+    if (kind_ == Norm::kInf) {
       // Not fmax, which drops NaN. A NaN already held survives because no comparison with it holds.
       if (partial > sum_ || partial != partial) sum_ = partial;
       return;
@@ -42,13 +42,13 @@ class PowerSum {
   }
 
  private:
-  Norm norm_;
+  Norm kind_;
   double sum_ = 0.0;
   double compensation_ = 0.0;
 };
 
-GRADCLIP_HOST_DEVICE inline double finish(Norm norm, double power_sum) {
-  return norm == Norm::kL2 ? std::sqrt(power_sum) : power_sum;
+GRADCLIP_HOST_DEVICE inline double finish(Norm kind, double power_sum) {
+  return kind == Norm::kL2 ? std::sqrt(power_sum) : power_sum;
 }
 
 // A smaller coefficient would lose bits, or vanish, in float32: elements of 32 and 16 bits are then

@@ -18,7 +18,7 @@ namespace gradclip::cpu {
 struct Kernels {
   const char* instruction_set;
   // Sum of squares, sum of magnitudes, or largest magnitude of the run.
-  double (*power_sum)(Norm norm, Precision precision, const Span& run);
+  double (*power_sum)(Norm kind, Precision precision, const Span& run);
   // Multiplies in place, rounding each element once.
   void (*scale)(const Span& run, double coefficient);
   // Adds `factor` times as many other numbers of the same dtype.

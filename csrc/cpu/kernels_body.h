@@ -9,7 +9,7 @@
 #include "cpu/sums_body.h"
 
 template <class Element>
-void multiply(Element* values, int64_t count, double coefficient) {
+void scale_values(Element* values, int64_t count, double coefficient) {
   if (std::fabs(coefficient) < kSmallestFloat32Coefficient) {
     for (int64_t i = 0; i < count; ++i) {
       narrow(static_cast<float>(widen(values[i]) * coefficient), values + i);
@@ -19,26 +19,26 @@ void multiply(Element* values, int64_t count, double coefficient) {
   // A NaN of somebody's may hold anything in the half that bfloat16 cuts off.
   const float factor = std::isnan(coefficient) ? std::numeric_limits<float>::quiet_NaN()
                                                : static_cast<float>(coefficient);
-  const auto multiply_two = [&](int64_t at) {
+  const auto scale_two = [&](int64_t at) {
     const TwoFloats two = load_two(values + at);
     store_two({two.first * factor, two.second * factor}, values + at);
   };
-  int64_t i = for_chunks<2 * kFloats>(values, count, multiply_two);
-  for (; i + 2 * kFloats <= count; i += 2 * kFloats) multiply_two(i);
+  int64_t i = for_chunks<2 * kFloats>(values, count, scale_two);
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) scale_two(i);
   for (; i < count; ++i) narrow(widen(values[i]) * factor, values + i);
 }
 
-void multiply(double* values, int64_t count, double coefficient) {
-  const auto multiply_vector = [&](int64_t at) {
+void scale_values(double* values, int64_t count, double coefficient) {
+  const auto scale_vector = [&](int64_t at) {
     store(load(values + at) * coefficient, values + at);
   };
-  int64_t i = for_chunks<kDoubles>(values, count, multiply_vector);
-  for (; i + kDoubles <= count; i += kDoubles) multiply_vector(i);
+  int64_t i = for_chunks<kDoubles>(values, count, scale_vector);
+  for (; i + kDoubles <= count; i += kDoubles) scale_vector(i);
   for (; i < count; ++i) values[i] *= coefficient;
 }
 
 template <class Element>
-void add_multiple(Element* values, const Element* others, int64_t count, double factor) {
+void add_scaled_values(Element* values, const Element* others, int64_t count, double factor) {
   const float float_factor = static_cast<float>(factor);
   int64_t i = 0;
   for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
@@ -50,7 +50,7 @@ void add_multiple(Element* values, const Element* others, int64_t count, double 
   for (; i < count; ++i) narrow(widen(values[i]) + widen(others[i]) * float_factor, values + i);
 }
 
-void add_multiple(double* values, const double* others, int64_t count, double factor) {
+void add_scaled_values(double* values, const double* others, int64_t count, double factor) {
   int64_t i = 0;
   for (; i + kDoubles <= count; i += kDoubles) {
     store(load(values + i) + load(others + i) * factor, values + i);
@@ -60,32 +60,32 @@ void add_multiple(double* values, const double* others, int64_t count, double fa
 
 // Written so that NaN, for which no comparison holds, is kept.
 template <class Value>
-GRADCLIP_INLINE Value limited(Value value, Value bound) {
+GRADCLIP_INLINE Value clamped(Value value, Value bound) {
   value = value > bound ? bound : value;
   return value < -bound ? -bound : value;
 }
 
 template <class Element>
-void limit(Element* values, int64_t count, double bound) {
+void clamp_values(Element* values, int64_t count, double bound) {
   const float float_bound = static_cast<float>(bound);
-  const auto limit_two = [&](int64_t at) {
+  const auto clamp_two = [&](int64_t at) {
     const TwoFloats two = load_two(values + at);
     store_two(
-        {limited(two.first, Floats{} + float_bound), limited(two.second, Floats{} + float_bound)},
+        {clamped(two.first, Floats{} + float_bound), clamped(two.second, Floats{} + float_bound)},
         values + at);
   };
-  int64_t i = for_chunks<2 * kFloats>(values, count, limit_two);
-  for (; i + 2 * kFloats <= count; i += 2 * kFloats) limit_two(i);
-  for (; i < count; ++i) narrow(limited(widen(values[i]), float_bound), values + i);
+  int64_t i = for_chunks<2 * kFloats>(values, count, clamp_two);
+  for (; i + 2 * kFloats <= count; i += 2 * kFloats) clamp_two(i);
+  for (; i < count; ++i) narrow(clamped(widen(values[i]), float_bound), values + i);
 }
 
-void limit(double* values, int64_t count, double bound) {
-  const auto limit_vector = [&](int64_t at) {
-    store(limited(load(values + at), Doubles{} + bound), values + at);
+void clamp_values(double* values, int64_t count, double bound) {
+  const auto clamp_vector = [&](int64_t at) {
+    store(clamped(load(values + at), Doubles{} + bound), values + at);
   };
-  int64_t i = for_chunks<kDoubles>(values, count, limit_vector);
-  for (; i + kDoubles <= count; i += kDoubles) limit_vector(i);
-  for (; i < count; ++i) values[i] = limited(values[i], bound);
+  int64_t i = for_chunks<kDoubles>(values, count, clamp_vector);
+  for (; i + kDoubles <= count; i += kDoubles) clamp_vector(i);
+  for (; i < count; ++i) values[i] = clamped(values[i], bound);
 }
 
 // Calls work with the run's data as a pointer to its element type.
@@ -103,22 +103,22 @@ GRADCLIP_INLINE auto with_elements(const Span& run, const Work& work) {
   }
 }
 
-double power_sum(Norm norm, Precision precision, const Span& run) {
+double power_sum(Norm kind, Precision precision, const Span& run) {
   return with_elements(
-      run, [&](const auto* values) { return power_sum_of(norm, precision, values, run.numel); });
+      run, [&](const auto* values) { return power_sum_of(kind, precision, values, run.numel); });
 }
 
 void scale(const Span& run, double coefficient) {
-  with_elements(run, [&](auto* values) { multiply(values, run.numel, coefficient); });
+  with_elements(run, [&](auto* values) { scale_values(values, run.numel, coefficient); });
 }
 
 void add_scaled(const Span& run, const void* others, double factor) {
   with_elements(run, [&](auto* values) {
-    add_multiple(values, static_cast<decltype(values)>(const_cast<void*>(others)), run.numel,
-                 factor);
+    add_scaled_values(values, static_cast<decltype(values)>(const_cast<void*>(others)), run.numel,
+                      factor);
   });
 }
 
 void clamp(const Span& run, double bound) {
-  with_elements(run, [&](auto* values) { limit(values, run.numel, bound); });
+  with_elements(run, [&](auto* values) { clamp_values(values, run.numel, bound); });
 }

@@ -23,7 +23,7 @@ Range tiles_of_workers(const FlatIndex& index, Range workers) {
 
 int64_t worker_count(const FlatIndex& index) { return std::min(index.tiles(), kMaxWorkers); }
 
-void power_sums(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
+void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
                 Range workers, double* slots) noexcept {
   const Kernels& kernel = kernels();
   const int64_t count = worker_count(index);
@@ -33,14 +33,14 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, const De
   // Where a worker starts on a tensor's first tile, both numbers advance at once, and the slot
   // between the one before and its own belongs to nobody.
   if (workers.begin > 0 && index.first_tile(tensor) == first_tile) slots[slot - 1] = 0.0;
-  PowerSum sum(norm);
+  PowerSum sum(kind);
   for (int64_t worker = workers.begin; worker < workers.end; ++worker) {
     const Range tiles = tiles_of_worker(worker, count, index.tiles());
     tensor = walk_forward(index, tiles, tensor, [&](int64_t visited, const Span& run) {
       const int64_t own_slot = slot_of(visited, worker);
       if (slot != own_slot) {
         slots[slot] = sum.value();
-        sum = PowerSum(norm);
+        sum = PowerSum(kind);
         if (own_slot == slot + 2) slots[slot + 1] = 0.0;
         slot = own_slot;
       }
@@ -50,25 +50,25 @@ void power_sums(const FlatIndex& index, Norm norm, Precision precision, const De
         kernel.add_scaled(run, static_cast<const char*>(decay->parameters[visited]) + offset,
                           decay->factor);
       }
-      sum.add(kernel.power_sum(norm, precision, run));
+      sum.add(kernel.power_sum(kind, precision, run));
     });
   }
   slots[slot] = sum.value();
 }
 
-std::vector<double> tensor_norms(const FlatIndex& index, Norm norm,
+std::vector<double> tensor_norms(const FlatIndex& index, Norm kind,
                                  const std::vector<double>& slots) {
   const int64_t workers = worker_count(index);
   std::vector<double> norms;
   norms.reserve(static_cast<size_t>(index.tensors()));
   for (int64_t tensor = 0; tensor < index.tensors(); ++tensor) {
-    PowerSum sum(norm);
+    PowerSum sum(kind);
     const int64_t last = worker_of_tile(index.end_tile(tensor) - 1, workers, index.tiles());
     for (int64_t worker = worker_of_tile(index.first_tile(tensor), workers, index.tiles());
          worker <= last; ++worker) {
       sum.add(slots[static_cast<size_t>(slot_of(tensor, worker))]);
     }
-    norms.push_back(finish(norm, sum.value()));
+    norms.push_back(finish(kind, sum.value()));
   }
   return norms;
 }

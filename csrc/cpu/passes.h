@@ -19,11 +19,11 @@ int64_t worker_count(const FlatIndex& index);
 // Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
 // after all workers ran, every one of the slot_count(tensors, workers) slots is written.
 // With `decay`, which may be null, each run of a gradient is changed right before it is measured.
-void power_sums(const FlatIndex& index, Norm norm, Precision precision, const Decay* decay,
+void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
                 Range workers, double* slots) noexcept;
 
 // The norm of each tensor, from the slots of all workers.
-std::vector<double> tensor_norms(const FlatIndex& index, Norm norm,
+std::vector<double> tensor_norms(const FlatIndex& index, Norm kind,
                                  const std::vector<double>& slots);
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;

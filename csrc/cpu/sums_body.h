@@ -227,8 +227,8 @@ double sum(const Element* values, int64_t count, Precision precision) {
 }
 
 template <class Element>
-double power_sum_of(Norm norm, Precision precision, const Element* values, int64_t count) {
-  switch (norm) {
+double power_sum_of(Norm kind, Precision precision, const Element* values, int64_t count) {
+  switch (kind) {
     case Norm::kL1:
       return sum<Norm::kL1>(values, count, precision);
     case Norm::kL2:

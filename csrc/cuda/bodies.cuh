@@ -2,9 +2,9 @@
 // them on the CPU. Between two kernels nothing is shared but the partial sums: no atomics, no
 // counters, nothing to be reset.
 //
-//   tensor   |----- a -----|-- b --|--------- c ---------|   end to end, cut into tiles of 16 KB
-//   worker   |   0    |    1    |    2    |    3    |        a block: an equal range of tiles
-//   segment  |   0    |1 a |1 b |2b|  2 c |   3 c   |        where a tensor and a worker meet
+//   tensor   |------ a ----|-- b --|--------- c ---------|   end to end, cut into tiles of 16 KB
+//   worker   |    0     |    1     |    2     |    3     |   a block: an equal range of tiles
+//   segment  |   a, 0   |a1| b, 1  |   c, 2   |   c, 3   |   where a tensor and a worker meet
 //   run      kLoads vectors of each thread of the block, all in flight before the first is used
 //   vector   16 bytes, 2 to 8 elements: what a thread loads or stores at once
 //   ends     the elements before the first and behind the last 16-byte border, one for each thread
@@ -145,8 +145,8 @@ __device__ __forceinline__ double folded_partials(const double* partials, int co
 }
 
 template <int kThreads>
-__device__ __forceinline__ double folded_partials(Norm norm, const double* partials, int count) {
-  return norm == Norm::kInf ? folded_partials<Norm::kInf, kThreads>(partials, count)
+__device__ __forceinline__ double folded_partials(Norm kind, const double* partials, int count) {
+  return kind == Norm::kInf ? folded_partials<Norm::kInf, kThreads>(partials, count)
                             : folded_partials<Norm::kL2, kThreads>(partials, count);
 }
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ auto with_format(DType dtype, const Work& work) {
   }
 }
 
-__device__ __forceinline__ double number_of(const Scalar& scalar) {
+__device__ __forceinline__ double value_of(const Scalar& scalar) {
   if (scalar.pointer == nullptr) return scalar.value;
   return with_format(scalar.dtype, [&](auto format) {
     return static_cast<double>(decltype(format)::get(scalar.pointer, 0));
@@ -175,14 +175,14 @@ __device__ __forceinline__ double number_of(const Scalar& scalar) {
 __device__ __forceinline__ void write_norm(double norm, DType dtype, void* result) {
   with_format(dtype, [&](auto format) {
     using Format = decltype(format);
-    Format::put(result, 0, static_cast<typename Format::Number>(norm));
+    Format::put(result, 0, static_cast<typename Format::Value>(norm));
   });
 }
 
 // A number on the GPU that is negative makes NaN: nobody could be told without waiting.
-__device__ __forceinline__ double limit_of(const Scalar& max_norm) {
-  const double limit = number_of(max_norm);
-  return limit >= 0.0 ? limit : static_cast<double>(NAN);
+__device__ __forceinline__ double max_norm_of(const Scalar& scalar) {
+  const double max_norm = value_of(scalar);
+  return max_norm >= 0.0 ? max_norm : static_cast<double>(NAN);
 }
 
 // From a norm that the first thread knows, the coefficient in every thread. The first block leaves
@@ -190,7 +190,7 @@ __device__ __forceinline__ double limit_of(const Scalar& max_norm) {
 __device__ __forceinline__ double shared_coefficient(const Clip& clip, double norm) {
   __shared__ double coefficient;
   if (threadIdx.x == 0) {
-    coefficient = clip.is_coefficient ? norm : clip_coefficient(limit_of(clip.max_norm), norm);
+    coefficient = clip.is_coefficient ? norm : clip_coefficient(max_norm_of(clip.max_norm), norm);
     if (blockIdx.x == 0 && clip.norm_result != nullptr) {
       write_norm(norm, clip.norm_dtype, clip.norm_result);
     }
@@ -203,10 +203,10 @@ template <int kThreads>
 __device__ __forceinline__ void scale_segment(char* data, int64_t numel, DType dtype,
                                               double coefficient) {
   const bool in_double = fabs(coefficient) < kSmallestFloat32Coefficient;
-  const Multiply multiply = {static_cast<float>(coefficient), coefficient};
+  const Scale scale = {static_cast<float>(coefficient), coefficient};
   with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
-    if (in_double) return multiply_in_double(segment, coefficient);
-    transform(segment, multiply);
+    if (in_double) return scale_in_double(segment, coefficient);
+    apply(segment, scale);
   });
 }
 
@@ -234,9 +234,9 @@ __device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& cl
   wait_for_previous_kernel();
   double norm = 0.0;
   if (clip.partials != nullptr) {
-    norm = finish(clip.norm, folded_partials<kThreads>(clip.norm, clip.partials, clip.count));
+    norm = finish(clip.kind, folded_partials<kThreads>(clip.kind, clip.partials, clip.count));
   } else if (threadIdx.x == 0) {
-    norm = number_of(clip.given_norm);
+    norm = value_of(clip.given_norm);
   }
   scale_worker<kThreads>(table, worker_from_the_back(table), shared_coefficient(clip, norm));
 }
@@ -250,18 +250,16 @@ __device__ __forceinline__ void scale_each_body(const AnyTable& table, const dou
     const double coefficient = coefficients[table.first_tensor + tensor];
     if (coefficient == 1.0) return;
     if (coefficient != 0.0) return scale_segment<kThreads>(data, numel, dtype, coefficient);
-    with_dtype<kThreads>(data, numel, dtype,
-                         [&](const auto& segment) { transform(segment, Clear()); });
+    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) { apply(segment, Clear()); });
   });
 }
 
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) {
-  const Limit limit = {static_cast<float>(bound), bound};
+  const Clamp clamp = {static_cast<float>(bound), bound};
   const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
   for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
-    with_dtype<kThreads>(data, numel, dtype,
-                         [&](const auto& segment) { transform(segment, limit); });
+    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) { apply(segment, clamp); });
   });
 }
 
@@ -277,14 +275,14 @@ __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Pr
 
 // For a call that only measures: the power sum, or the norm in the dtype of the result, or both.
 template <int kThreads>
-__device__ __forceinline__ void finish_body(Norm norm, const double* partials, int count,
+__device__ __forceinline__ void finish_body(Norm kind, const double* partials, int count,
                                             double* power_sum, DType norm_dtype,
                                             void* norm_result) {
   wait_for_previous_kernel();
-  const double sum = folded_partials<kThreads>(norm, partials, count);
+  const double sum = folded_partials<kThreads>(kind, partials, count);
   if (threadIdx.x != 0) return;
   if (power_sum != nullptr) *power_sum = sum;
-  if (norm_result != nullptr) write_norm(finish(norm, sum), norm_dtype, norm_result);
+  if (norm_result != nullptr) write_norm(finish(kind, sum), norm_dtype, norm_result);
 }
 
 // The norm of each tensor from the slots of measured_worker, a warp for each.

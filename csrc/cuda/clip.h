@@ -20,7 +20,7 @@ struct Clip {
   // Power sums of `count` workers; null where the norm is given.
   const double* partials;
   int32_t count;
-  Norm norm;
+  Norm kind;
   Scalar given_norm;
   // Whether the given norm is no norm, but the coefficient itself; max_norm is then ignored.
   bool is_coefficient;

@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(Norm norm, const double* partials, int count, double* power_sum, DType norm_dtype,
+    finish_kernel(Norm kind, const double* partials, int count, double* power_sum, DType norm_dtype,
                   void* norm_result) {
-  finish_body<kThreads>(norm, partials, count, power_sum, norm_dtype, norm_result);
+  finish_body<kThreads>(kind, partials, count, power_sum, norm_dtype, norm_result);
 }
 
 }  // namespace gradclip::cuda

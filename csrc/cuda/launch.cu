@@ -59,8 +59,8 @@ cudaError_t properties_of_current_device(DeviceProperties* properties) {
 
 // Calls work(constant) with the norm as a constant.
 template <class Work>
-cudaError_t with_norm(Norm norm, const Work& work) {
-  switch (norm) {
+cudaError_t with_norm(Norm kind, const Work& work) {
+  switch (kind) {
     case Norm::kL1:
       return work(std::integral_constant<Norm, Norm::kL1>());
     case Norm::kL2:
@@ -94,9 +94,9 @@ cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan) {
   return cudaSuccess;
 }
 
-cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double* partials,
+cudaError_t power_sums(const Plan& plan, Norm kind, Precision precision, double* partials,
                        double* slots, cudaStream_t stream) {
-  return with_norm(norm, [&](auto constant) {
+  return with_norm(kind, [&](auto constant) {
     constexpr Norm kNorm = decltype(constant)::value;
     const auto measure = [&](const auto& table, auto* kernel) {
       return launch_kernel(kernel, table.workers, kThreads, stream, false, table, precision,
@@ -116,16 +116,16 @@ cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double*
   });
 }
 
-cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,
+cudaError_t finish(Norm kind, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream) {
-  return launch_kernel(&finish_kernel, 1, kThreads, stream, false, norm, partials,
+  return launch_kernel(&finish_kernel, 1, kThreads, stream, false, kind, partials,
                        static_cast<int>(count), power_sum, norm_dtype, norm_result);
 }
 
-cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, double* norms,
+cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, double* norms,
                          cudaStream_t stream) {
   constexpr int64_t kTensorsPerBlock = kThreads / kWarpThreads;
-  return with_norm(norm, [&](auto constant) {
+  return with_norm(kind, [&](auto constant) {
     return for_tables(plan, [&](const auto& table) {
       using AnyTable = std::decay_t<decltype(table)>;
       const int64_t blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
@@ -168,7 +168,7 @@ cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream) {
 
 cudaError_t clip_in_one_block(const Plan& plan, Precision precision, const Clip& clip,
                               cudaStream_t stream) {
-  return with_norm(clip.norm, [&](auto constant) {
+  return with_norm(clip.kind, [&](auto constant) {
     return for_tables(plan, [&](const auto& whole) {
       using AnyTable = std::decay_t<decltype(whole)>;
       AnyTable table = whole;

@@ -26,15 +26,15 @@ const char* built_architectures();
 // Writes the power sum of each worker; with `slots`, also that of each (tensor, worker) pair. A
 // plan that decays needs slots; the gradients are changed before they are measured, and each
 // parameter has to be where its gradient is, relative to 16 bytes.
-cudaError_t power_sums(const Plan& plan, Norm norm, Precision precision, double* partials,
+cudaError_t power_sums(const Plan& plan, Norm kind, Precision precision, double* partials,
                        double* slots, cudaStream_t stream);
 
 // From partials of any number of plans, side by side, to one power sum or one norm.
-cudaError_t finish(Norm norm, const double* partials, int64_t count, double* power_sum,
+cudaError_t finish(Norm kind, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream);
 
 // From slots to the norm of each tensor.
-cudaError_t tensor_norms(const Plan& plan, Norm norm, const double* slots, double* norms,
+cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, double* norms,
                          cudaStream_t stream);
 
 // Multiplies by the coefficient that `clip` describes. With `early` the kernel may be started while

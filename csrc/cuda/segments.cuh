@@ -43,20 +43,20 @@ struct Segment {
   int tail;
 };
 
-template <Norm kNorm, class Number>
-__device__ __forceinline__ Number map(Number number) {
-  return kNorm == Norm::kL2 ? number * number : fabs(number);
+template <Norm kNorm, class Value>
+__device__ __forceinline__ Value map(Value value) {
+  return kNorm == Norm::kL2 ? value * value : fabs(value);
 }
 
 // One more number: a single rounding for a square, too.
-template <Norm kNorm, class Number>
-__device__ __forceinline__ Number accumulate(Number sum, Number number) {
-  return kNorm == Norm::kL2 ? fma(number, number, sum) : sum + fabs(number);
+template <Norm kNorm, class Value>
+__device__ __forceinline__ Value accumulate(Value sum, Value value) {
+  return kNorm == Norm::kL2 ? fma(value, value, sum) : sum + fabs(value);
 }
 
 // Half with half, since equal numbers lose nothing when they are doubled.
-template <int kCount, class Number>
-__device__ __forceinline__ Number folded(Number (&sums)[kCount]) {
+template <int kCount, class Value>
+__device__ __forceinline__ Value folded(Value (&sums)[kCount]) {
 #pragma unroll
   for (int half = kCount / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -70,14 +70,14 @@ __device__ __forceinline__ Number folded(Number (&sums)[kCount]) {
 template <Norm kNorm, DType kDType>
 __device__ __forceinline__ double run_sum(const uint4 (&vectors)[kLoads]) {
   using Format = Elements<kDType>;
-  typename Format::Number sums[Format::kCount];
+  typename Format::Value sums[Format::kCount];
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
-    typename Format::Number numbers[Format::kCount];
-    Format::unpack(vectors[k], numbers);
+    typename Format::Value values[Format::kCount];
+    Format::unpack(vectors[k], values);
 #pragma unroll
     for (int j = 0; j < Format::kCount; ++j) {
-      sums[j] = k == 0 ? map<kNorm>(numbers[j]) : accumulate<kNorm>(sums[j], numbers[j]);
+      sums[j] = k == 0 ? map<kNorm>(values[j]) : accumulate<kNorm>(sums[j], values[j]);
     }
   }
   return folded(sums);
@@ -90,11 +90,11 @@ __device__ __forceinline__ double run_maximum(const uint4 (&vectors)[kLoads]) {
     uint64_t largest = 0;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      double numbers[Format::kCount];
-      Format::unpack(vectors[k], numbers);
+      double values[Format::kCount];
+      Format::unpack(vectors[k], values);
 #pragma unroll
       for (int j = 0; j < Format::kCount; ++j) {
-        const uint64_t bits = bits_of(fabs(numbers[j]));
+        const uint64_t bits = bits_of(fabs(values[j]));
         largest = bits > largest ? bits : largest;
       }
     }
@@ -103,11 +103,11 @@ __device__ __forceinline__ double run_maximum(const uint4 (&vectors)[kLoads]) {
     uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      float numbers[Format::kCount];
-      Format::unpack(vectors[k], numbers);
+      float values[Format::kCount];
+      Format::unpack(vectors[k], values);
 #pragma unroll
       for (int j = 0; j < Format::kCount; ++j) {
-        const uint32_t bits = __float_as_uint(numbers[j]) & 0x7fffffffu;
+        const uint32_t bits = __float_as_uint(values[j]) & 0x7fffffffu;
         largest = bits > largest ? bits : largest;
       }
     }
@@ -134,12 +134,12 @@ __device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_
     const uint4 vector = vectors[k * kThreads];
     // Gradients that are zero altogether, as of an embedding, are no exception.
     if ((vector.x | vector.y | vector.z | vector.w) == 0) continue;
-    typename Format::Number numbers[Format::kCount];
-    Format::unpack(vector, numbers);
+    typename Format::Value values[Format::kCount];
+    Format::unpack(vector, values);
     double sums[Format::kCount];
 #pragma unroll
     for (int j = 0; j < Format::kCount; ++j) {
-      sums[j] = map<kNorm>(static_cast<double>(numbers[j]));
+      sums[j] = map<kNorm>(static_cast<double>(values[j]));
     }
     sum += folded(sums);
   }
@@ -188,18 +188,18 @@ __device__ __forceinline__ void measure(const Segment<kDType, kThreads>& segment
 // Adds a multiple of the parameters to one run of gradients.
 template <DType kDType, int kThreads, bool kWhole>
 __device__ __forceinline__ void decay_run(uint4* gradients, const uint4* parameters, int64_t left,
-                                          typename Elements<kDType>::Number factor) {
+                                          typename Elements<kDType>::Value factor) {
   using Format = Elements<kDType>;
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
     if (!kWhole && k * kThreads >= left) break;
-    typename Format::Number numbers[Format::kCount];
-    typename Format::Number others[Format::kCount];
-    Format::unpack(gradients[k * kThreads], numbers);
+    typename Format::Value values[Format::kCount];
+    typename Format::Value others[Format::kCount];
+    Format::unpack(gradients[k * kThreads], values);
     Format::unpack(parameters[k * kThreads], others);
 #pragma unroll
-    for (int j = 0; j < Format::kCount; ++j) numbers[j] = fma(others[j], factor, numbers[j]);
-    gradients[k * kThreads] = Format::pack(numbers);
+    for (int j = 0; j < Format::kCount; ++j) values[j] = fma(others[j], factor, values[j]);
+    gradients[k * kThreads] = Format::pack(values);
   }
 }
 
@@ -211,12 +211,12 @@ __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads
                                                   const char* parameter, double factor,
                                                   Precision precision, Sums* sums) {
   using Format = Elements<kDType>;
-  using Number = typename Format::Number;
+  using Value = typename Format::Value;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
   const int thread = static_cast<int>(threadIdx.x);
-  const Number own_factor = static_cast<Number>(factor);
+  const Value own_factor = static_cast<Value>(factor);
   segment.for_ends([&](int64_t i) {
-    const Number gradient = Format::get(segment.data, i);
+    const Value gradient = Format::get(segment.data, i);
     Format::put(segment.data, i, fma(Format::get(parameter, i), own_factor, gradient));
     sums->add(map<kNorm>(static_cast<double>(Format::get(segment.data, i))));
   });
@@ -236,35 +236,35 @@ __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads
 }
 
 // Multiplies by a coefficient that was rounded to the numbers' own precision.
-struct Multiply {
+struct Scale {
   float factor;
   double wide_factor;
-  __device__ __forceinline__ float operator()(float number) const { return number * factor; }
-  __device__ __forceinline__ double operator()(double number) const { return number * wide_factor; }
+  __device__ __forceinline__ float operator()(float value) const { return value * factor; }
+  __device__ __forceinline__ double operator()(double value) const { return value * wide_factor; }
 };
 
 struct Clear {
-  template <class Number>
-  __device__ __forceinline__ Number operator()(Number) const {
-    return Number{0};
+  template <class Value>
+  __device__ __forceinline__ Value operator()(Value) const {
+    return Value{0};
   }
 };
 
 // Limits to [-bound, bound]. No comparison holds for NaN, which is kept.
-struct Limit {
+struct Clamp {
   float bound;
   double wide_bound;
-  __device__ __forceinline__ float operator()(float number) const {
-    return number > bound ? bound : (number < -bound ? -bound : number);
+  __device__ __forceinline__ float operator()(float value) const {
+    return value > bound ? bound : (value < -bound ? -bound : value);
   }
-  __device__ __forceinline__ double operator()(double number) const {
-    return number > wide_bound ? wide_bound : (number < -wide_bound ? -wide_bound : number);
+  __device__ __forceinline__ double operator()(double value) const {
+    return value > wide_bound ? wide_bound : (value < -wide_bound ? -wide_bound : value);
   }
 };
 
 template <DType kDType, int kThreads, bool kWhole, class Operation>
-__device__ __forceinline__ void transform_run(uint4* vectors, int64_t left,
-                                              const Operation& operation) {
+__device__ __forceinline__ void apply_to_run(uint4* vectors, int64_t left,
+                                             const Operation& operation) {
   using Format = Elements<kDType>;
   uint4 loaded[kLoads];
 #pragma unroll
@@ -273,18 +273,18 @@ __device__ __forceinline__ void transform_run(uint4* vectors, int64_t left,
   }
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
-    typename Format::Number numbers[Format::kCount];
-    Format::unpack(loaded[k], numbers);
+    typename Format::Value values[Format::kCount];
+    Format::unpack(loaded[k], values);
 #pragma unroll
-    for (int j = 0; j < Format::kCount; ++j) numbers[j] = operation(numbers[j]);
-    if (kWhole || k * kThreads < left) vectors[k * kThreads] = Format::pack(numbers);
+    for (int j = 0; j < Format::kCount; ++j) values[j] = operation(values[j]);
+    if (kWhole || k * kThreads < left) vectors[k * kThreads] = Format::pack(values);
   }
 }
 
 // Applies the operation to every element in place, from back to front.
 template <DType kDType, int kThreads, class Operation>
-__device__ __forceinline__ void transform(const Segment<kDType, kThreads>& segment,
-                                          const Operation& operation) {
+__device__ __forceinline__ void apply(const Segment<kDType, kThreads>& segment,
+                                      const Operation& operation) {
   using Format = Elements<kDType>;
   constexpr int kGroup = Segment<kDType, kThreads>::kGroup;
   const int thread = static_cast<int>(threadIdx.x);
@@ -293,23 +293,23 @@ __device__ __forceinline__ void transform(const Segment<kDType, kThreads>& segme
   const int64_t groups = segment.vectors / kGroup;
   const int64_t rest = segment.vectors - groups * kGroup;
   uint4* vectors = segment.body() + groups * kGroup + thread;
-  if (rest > 0) transform_run<kDType, kThreads, false>(vectors, rest - thread, operation);
+  if (rest > 0) apply_to_run<kDType, kThreads, false>(vectors, rest - thread, operation);
 #pragma unroll 1
   for (int64_t group = groups; group > 0; --group) {
     vectors -= kGroup;
-    transform_run<kDType, kThreads, true>(vectors, kGroup, operation);
+    apply_to_run<kDType, kThreads, true>(vectors, kGroup, operation);
   }
 }
 
 // For a coefficient that would lose bits, or vanish, in float32. Rare, so it need not be fast.
 template <DType kDType, int kThreads>
-__device__ __forceinline__ void multiply_in_double(const Segment<kDType, kThreads>& segment,
-                                                   double coefficient) {
+__device__ __forceinline__ void scale_in_double(const Segment<kDType, kThreads>& segment,
+                                                double coefficient) {
   using Format = Elements<kDType>;
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < segment.numel; i += kThreads) {
     const double product = static_cast<double>(Format::get(segment.data, i)) * coefficient;
-    Format::put(segment.data, i, static_cast<typename Format::Number>(product));
+    Format::put(segment.data, i, static_cast<typename Format::Value>(product));
   }
 }
 

@@ -97,12 +97,12 @@ int32_t workers_of(const std::vector<SmallTable>& tables) {
   return tables.back().first_worker + tables.back().workers;
 }
 
-void run_power_sums(const std::vector<SmallTable>& tables, Norm norm, Precision precision,
+void run_power_sums(const std::vector<SmallTable>& tables, Norm kind, Precision precision,
                     Schedule schedule, Results* partials, Results* slots) {
   double* of_tensors = slots == nullptr ? nullptr : slots->to_write();
   for (const SmallTable& table : tables) {
     Grid({table.workers, kThreads}, schedule, [&] {
-      power_sums_thread(table, norm, precision, partials->to_write(), of_tensors);
+      power_sums_thread(table, kind, precision, partials->to_write(), of_tensors);
     }).run();
   }
   partials->publish();
@@ -118,23 +118,23 @@ void run_after_wait(int blocks, Schedule schedule, std::function<void()> body) {
   grid.run();
 }
 
-double run_finish(Norm norm, const Results& partials, int count, DType dtype, void* norm_result,
+double run_finish(Norm kind, const Results& partials, int count, DType dtype, void* norm_result,
                   Schedule schedule) {
   double power_sum = kPoison;
   run_after_wait(1, schedule, [&] {
-    finish_thread(norm, partials.to_read(), count, &power_sum, dtype, norm_result);
+    finish_thread(kind, partials.to_read(), count, &power_sum, dtype, norm_result);
   });
   return power_sum;
 }
 
-Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm norm,
+Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm kind,
                          const Results& slots, Schedule schedule) {
   Results norms(tensors);
   for (const SmallTable& table : tables) {
     constexpr int kTensorsPerBlock = kThreads / emulation::kWarpThreads;
     const int blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
     run_after_wait(blocks, schedule,
-                   [&] { tensor_norms_thread(table, norm, slots.to_read(), norms.to_write()); });
+                   [&] { tensor_norms_thread(table, kind, slots.to_read(), norms.to_write()); });
   }
   norms.publish();
   CHECK(norms.is_complete());
@@ -150,11 +150,11 @@ void run_scale(const std::vector<SmallTable>& tables, const Clip& clip, Schedule
 Scalar known(double value) { return {value, nullptr, DType::kFloat64}; }
 Scalar on_gpu(const void* pointer, DType dtype) { return {kPoison, pointer, dtype}; }
 
-Clip clip_of(Norm norm, const double* partials, int count, double max_norm, NormResult* result) {
+Clip clip_of(Norm kind, const double* partials, int count, double max_norm, NormResult* result) {
   Clip clip = {};
   clip.partials = partials;
   clip.count = count;
-  clip.norm = norm;
+  clip.kind = kind;
   clip.given_norm = known(kPoison);
   clip.max_norm = known(max_norm);
   clip.norm_result = result == nullptr ? nullptr : result->place();
@@ -169,34 +169,34 @@ Clip clip_of(Scalar norm, Scalar max_norm, NormResult* result) {
   return clip;
 }
 
-long double power_sum_of(const Gradients& gradients, size_t tensor, Norm norm) {
+long double power_sum_of(const Gradients& gradients, size_t tensor, Norm kind) {
   long double sum = 0.0L;
   for (int64_t i = 0; i < gradients.list()[tensor].numel; ++i) {
     const long double value = std::fabs(static_cast<long double>(gradients.get(tensor, i)));
-    if (norm == Norm::kInf) {
+    if (kind == Norm::kInf) {
       if (value > sum || std::isnan(value)) sum = value;
     } else {
-      sum += norm == Norm::kL2 ? value * value : value;
+      sum += kind == Norm::kL2 ? value * value : value;
     }
   }
   return sum;
 }
 
-double root(Norm norm, long double power_sum) {
-  return static_cast<double>(norm == Norm::kL2 ? std::sqrt(power_sum) : power_sum);
+double root(Norm kind, long double power_sum) {
+  return static_cast<double>(kind == Norm::kL2 ? std::sqrt(power_sum) : power_sum);
 }
 
-double norm_of(const Gradients& gradients, Norm norm) {
+double norm_of(const Gradients& gradients, Norm kind) {
   long double sum = 0.0L;
   for (size_t t = 0; t < gradients.list().size(); ++t) {
-    const long double own = power_sum_of(gradients, t, norm);
-    if (norm != Norm::kInf) {
+    const long double own = power_sum_of(gradients, t, kind);
+    if (kind != Norm::kInf) {
       sum += own;
     } else if (own > sum || std::isnan(own)) {
       sum = own;
     }
   }
-  return root(norm, sum);
+  return root(kind, sum);
 }
 
 bool is_close_norm(double actual, double expected, Precision precision) {

@@ -188,16 +188,16 @@ std::vector<SmallTable> tables_of(const FlatIndex& index, int64_t workers);
 int32_t workers_of(const std::vector<SmallTable>& tables);
 
 // `slots` may be null.
-void run_power_sums(const std::vector<SmallTable>& tables, Norm norm, Precision precision,
+void run_power_sums(const std::vector<SmallTable>& tables, Norm kind, Precision precision,
                     Schedule schedule, Results* partials, Results* slots);
 
 // A kernel that reads results has to bear an early start, whether or not it is given one.
 void run_after_wait(int blocks, Schedule schedule, std::function<void()> body);
 
-double run_finish(Norm norm, const Results& partials, int count, DType dtype, void* norm_result,
+double run_finish(Norm kind, const Results& partials, int count, DType dtype, void* norm_result,
                   Schedule schedule);
 
-Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm norm,
+Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm kind,
                          const Results& slots, Schedule schedule);
 
 void run_scale(const std::vector<SmallTable>& tables, const Clip& clip, Schedule schedule);
@@ -227,18 +227,18 @@ class NormResult {
 };
 
 // From measured gradients; `partials` may be null where one block measures for itself.
-Clip clip_of(Norm norm, const double* partials, int count, double max_norm, NormResult* result);
+Clip clip_of(Norm kind, const double* partials, int count, double max_norm, NormResult* result);
 
 // With a norm that the caller gives.
 Clip clip_of(Scalar norm, Scalar max_norm, NormResult* result);
 
 // References, in long double.
 
-long double power_sum_of(const Gradients& gradients, size_t tensor, Norm norm);
+long double power_sum_of(const Gradients& gradients, size_t tensor, Norm kind);
 
-double root(Norm norm, long double power_sum);
+double root(Norm kind, long double power_sum);
 
-double norm_of(const Gradients& gradients, Norm norm);
+double norm_of(const Gradients& gradients, Norm kind);
 
 // Within two units of the last place.
 template <class Number>

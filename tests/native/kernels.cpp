@@ -10,8 +10,8 @@ static_assert(emulation::kWarpThreads == kWarpThreads);
 
 // Calls work with the norm as a constant.
 template <class Work>
-static void with_norm(Norm norm, const Work& work) {
-  switch (norm) {
+static void with_norm(Norm kind, const Work& work) {
+  switch (kind) {
     case Norm::kL1:
       return work(std::integral_constant<Norm, Norm::kL1>());
     case Norm::kL2:
@@ -21,9 +21,9 @@ static void with_norm(Norm norm, const Work& work) {
   }
 }
 
-void power_sums_thread(const SmallTable& table, Norm norm, Precision precision, double* partials,
+void power_sums_thread(const SmallTable& table, Norm kind, Precision precision, double* partials,
                        double* slots) {
-  with_norm(norm, [&](auto constant) {
+  with_norm(kind, [&](auto constant) {
     constexpr Norm kNorm = decltype(constant)::value;
     if (slots == nullptr) {
       power_sums_body<kNorm, false, kThreads>(table, precision, partials, slots);
@@ -42,18 +42,18 @@ void scale_each_thread(const SmallTable& table, const double* coefficients) {
 void clamp_thread(const SmallTable& table, double bound) { clamp_body<kThreads>(table, bound); }
 
 void clip_in_one_block_thread(const SmallTable& table, Precision precision, const Clip& clip) {
-  with_norm(clip.norm, [&](auto constant) {
+  with_norm(clip.kind, [&](auto constant) {
     clip_in_one_block_body<decltype(constant)::value, kThreads>(table, precision, clip);
   });
 }
 
-void finish_thread(Norm norm, const double* partials, int count, double* power_sum,
+void finish_thread(Norm kind, const double* partials, int count, double* power_sum,
                    DType norm_dtype, void* norm_result) {
-  finish_body<kThreads>(norm, partials, count, power_sum, norm_dtype, norm_result);
+  finish_body<kThreads>(kind, partials, count, power_sum, norm_dtype, norm_result);
 }
 
-void tensor_norms_thread(const SmallTable& table, Norm norm, const double* slots, double* norms) {
-  with_norm(norm, [&](auto constant) {
+void tensor_norms_thread(const SmallTable& table, Norm kind, const double* slots, double* norms) {
+  with_norm(kind, [&](auto constant) {
     tensor_norms_body<decltype(constant)::value, kThreads>(table, slots, norms);
   });
 }

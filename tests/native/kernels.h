@@ -18,14 +18,14 @@ inline constexpr int kCapacity = 5;
 using SmallTable = Table<kCapacity>;
 
 // With `slots`, also the power sums of tensors.
-void power_sums_thread(const SmallTable& table, Norm norm, Precision precision, double* partials,
+void power_sums_thread(const SmallTable& table, Norm kind, Precision precision, double* partials,
                        double* slots);
 void scale_thread(const SmallTable& table, const Clip& clip);
 void scale_each_thread(const SmallTable& table, const double* coefficients);
 void clamp_thread(const SmallTable& table, double bound);
 void clip_in_one_block_thread(const SmallTable& table, Precision precision, const Clip& clip);
-void finish_thread(Norm norm, const double* partials, int count, double* power_sum,
+void finish_thread(Norm kind, const double* partials, int count, double* power_sum,
                    DType norm_dtype, void* norm_result);
-void tensor_norms_thread(const SmallTable& table, Norm norm, const double* slots, double* norms);
+void tensor_norms_thread(const SmallTable& table, Norm kind, const double* slots, double* norms);
 
 }  // namespace gradclip::cuda

@@ -111,15 +111,15 @@ MUTANTS = {
         {
             SCALE: "any store.\n",
             "load_result(partials + i)": "partials[i]",
-            "norm = number_of(clip.given_norm);\n  }\n": "norm = number_of(clip.given_norm);\n  }\n"
+            "norm = value_of(clip.given_norm);\n  }\n": "norm = value_of(clip.given_norm);\n  }\n"
             + WAIT,
         },
     ),
-    "scale reads the limit before it waits": (
+    "scale reads max_norm before it waits": (
         "cuda/bodies.cuh",
         {
             SCALE: "any store.\n  Clip early = clip;\n"
-            "  early.max_norm = {limit_of(clip.max_norm), nullptr, DType::kFloat64};\n" + WAIT,
+            "  early.max_norm = {max_norm_of(clip.max_norm), nullptr, DType::kFloat64};\n" + WAIT,
             "shared_coefficient(clip, norm)": "shared_coefficient(early, norm)",
         },
     ),
@@ -174,7 +174,7 @@ MUTANTS = {
     ),
     "last run not scaled": (
         "cuda/segments.cuh",
-        {"if (rest > 0) transform_run": "if (false) transform_run"},
+        {"if (rest > 0) apply_to_run": "if (false) apply_to_run"},
     ),
     # Numbers.
     "float32 always taken as in range": (
@@ -208,11 +208,11 @@ MUTANTS = {
     ),
     "tiny coefficient in float32": (
         "cuda/bodies.cuh",
-        {"fabs(coefficient) < kSmallestFloatCoefficient": "false"},
+        {"fabs(coefficient) < kSmallestFloat32Coefficient": "false"},
     ),
-    "negative limit taken as it is": (
+    "negative max_norm taken as it is": (
         "cuda/bodies.cuh",
-        {"limit >= 0.0 ? limit": "limit == limit ? limit"},
+        {"max_norm >= 0.0 ? max_norm": "max_norm == max_norm ? max_norm"},
     ),
 }
 

@@ -99,13 +99,13 @@ void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
   for (std::thread& thread : running) thread.join();
 }
 
-double measured(const FlatIndex& index, Norm norm, Precision precision, int64_t threads) {
+double measured(const FlatIndex& index, Norm kind, Precision precision, int64_t threads) {
   const size_t slots = static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index)));
   std::vector<double> scratch(slots + 1, kNaN);
   on_threads(index, threads, [&](Range range) {
-    cpu::power_sums(index, norm, precision, nullptr, range, scratch.data());
+    cpu::power_sums(index, kind, precision, nullptr, range, scratch.data());
   });
-  PowerSum total(norm);
+  PowerSum total(kind);
   for (size_t i = 0; i < slots; ++i) {
     CHECK(!std::isnan(scratch[i]));
     total.add(scratch[i]);
@@ -129,21 +129,21 @@ void test_list(const std::vector<std::pair<int64_t, DType>>& shapes) {
   }
   if (index.tiles() == 0) return;
 
-  for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kInf}) {
+  for (const Norm kind : {Norm::kL1, Norm::kL2, Norm::kInf}) {
     double expected = 0.0;  // eighths and their squares: exact in float64
     for (const Span& span : lists.spans) {
       for (int64_t i = 0; i < span.numel; ++i) {
         const double value = std::fabs(read(span, i));
-        if (norm == Norm::kInf) {
+        if (kind == Norm::kInf) {
           expected = value > expected ? value : expected;
         } else {
-          expected += norm == Norm::kL2 ? value * value : value;
+          expected += kind == Norm::kL2 ? value * value : value;
         }
       }
     }
     for (const Precision precision : {Precision::kFloat32, Precision::kFloat64}) {
       for (const int64_t threads : {1, 2, 3, 5, 8}) {
-        CHECK(measured(index, norm, precision, threads) == expected);
+        CHECK(measured(index, kind, precision, threads) == expected);
       }
     }
   }

@@ -22,11 +22,11 @@ namespace {
 struct Case {
   List list;
   std::function<Values()> values;
-  Norm norm = Norm::kL2;
+  Norm kind = Norm::kL2;
   Precision precision = Precision::kFloat32;
   int64_t workers = 3;
-  // Of the norm.
-  double limit = 0.37;
+  // Of max_norm to the norm.
+  double ratio = 0.37;
 };
 
 // Everything that a case leaves behind.
@@ -48,8 +48,8 @@ struct Outcome {
 Outcome clipped(const Case& one, Schedule schedule) {
   const Gradients before(one.list, one.values());
   Gradients gradients(one.list, one.values());
-  const double expected = norm_of(before, one.norm);
-  const double max_norm = std::isfinite(expected) ? one.limit * expected : 1.0;
+  const double expected = norm_of(before, one.kind);
+  const double max_norm = std::isfinite(expected) ? one.ratio * expected : 1.0;
 
   const std::vector<SmallTable> tables = tables_of(gradients.index(), one.workers);
   const int32_t workers = workers_of(tables);
@@ -58,7 +58,7 @@ Outcome clipped(const Case& one, Schedule schedule) {
       Results(workers), Results(slot_count(tensors, workers)), Results(tensors), kPoison, {}};
   const DType dtype = one.precision == Precision::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   NormResult norm_result(dtype);
-  const Clip clip = clip_of(one.norm, outcome.partials.to_read(), workers, max_norm, &norm_result);
+  const Clip clip = clip_of(one.kind, outcome.partials.to_read(), workers, max_norm, &norm_result);
   // A launch that starts early is the first of several.
   const SmallTable& first = tables.front();
   const emulation::Launch launch = {first.workers, kThreads, /*early=*/true};
@@ -68,24 +68,24 @@ Outcome clipped(const Case& one, Schedule schedule) {
   CHECK(gradients.bytes() == bytes);
   CHECK(norm_result.is_untouched_from(0));
 
-  run_power_sums(tables, one.norm, one.precision, schedule, &outcome.partials, &outcome.slots);
+  run_power_sums(tables, one.kind, one.precision, schedule, &outcome.partials, &outcome.slots);
   CHECK(gradients.bytes() == bytes);
   Results partials(workers);
-  run_power_sums(tables, one.norm, one.precision, schedule, &partials, nullptr);
+  run_power_sums(tables, one.kind, one.precision, schedule, &partials, nullptr);
   CHECK(partials == outcome.partials);
 
   // Not in order on a GPU, where nothing stands between the two; here it lets both be compared.
   NormResult finished(dtype);
   outcome.power_sum =
-      run_finish(one.norm, outcome.partials, workers, dtype, finished.place(), schedule);
-  const double norm = finish(one.norm, outcome.power_sum);
+      run_finish(one.kind, outcome.partials, workers, dtype, finished.place(), schedule);
+  const double norm = finish(one.kind, outcome.power_sum);
   CHECK(is_close_norm(norm, expected, one.precision));
   CHECK(is_same(finished.get(), rounded(norm, dtype)));
   CHECK(finished.has_only_norm());
 
-  outcome.norms = run_tensor_norms(tables, tensors, one.norm, outcome.slots, schedule);
+  outcome.norms = run_tensor_norms(tables, tensors, one.kind, outcome.slots, schedule);
   for (size_t t = 0; t < one.list.size(); ++t) {
-    const double of_tensor = root(one.norm, power_sum_of(before, t, one.norm));
+    const double of_tensor = root(one.kind, power_sum_of(before, t, one.kind));
     CHECK(is_close_norm(outcome.norms.to_read()[t], of_tensor, one.precision));
   }
 
@@ -125,10 +125,10 @@ void test_sizes() {
         if (quick && offset != 1) continue;
         const List list = {{numel, dtype, offset}};
         subject = name_of(list);
-        for (const Norm norm : kNorms) {
+        for (const Norm kind : kNorms) {
           // Each norm meets each schedule, precision and number of workers, but not all at once.
           ++turn;
-          Case one = {list, signed_values, norm};
+          Case one = {list, signed_values, kind};
           one.precision = precision_of(turn % 2 == 0);
           one.workers = 1 + turn % 7;
           clipped(one, kSchedules[static_cast<size_t>(turn) % std::size(kSchedules)]);
@@ -208,10 +208,10 @@ void test_magnitudes() {
     }
     for (size_t v = 0; v < all.size(); ++v) {
       subject = name_of(list) + "values " + std::to_string(v);
-      for (const Norm norm : kNorms) {
+      for (const Norm kind : kNorms) {
         for (const Precision precision : {Precision::kFloat32, Precision::kFloat64}) {
           if (quick && precision == Precision::kFloat64) continue;
-          clipped({list, all[v], norm, precision, 3}, kSchedules[v % std::size(kSchedules)]);
+          clipped({list, all[v], kind, precision, 3}, kSchedules[v % std::size(kSchedules)]);
         }
       }
     }
@@ -232,19 +232,19 @@ void test_not_finite() {
         const Values values = [&place, bad](int64_t tensor, int64_t i) {
           return tensor == place.first && i == place.second ? bad : 0.5;
         };
-        for (const Norm norm : kNorms) {
-          if (quick && static_cast<size_t>(norm) != turn % 3) continue;
+        for (const Norm kind : kNorms) {
+          if (quick && static_cast<size_t>(kind) != turn % 3) continue;
           subject = name_of(list) + std::to_string(bad);
-          const Case one = {list, [&values] { return values; }, norm,
+          const Case one = {list, [&values] { return values; }, kind,
                             precision_of(place.second == 0), 4};
-          const Schedule schedule = kSchedules[(static_cast<size_t>(norm) + 1) % 4];
+          const Schedule schedule = kSchedules[(static_cast<size_t>(kind) + 1) % 4];
           const Outcome outcome = clipped(one, schedule);
           CHECK(std::isnan(bad) ? std::isnan(outcome.power_sum) : outcome.power_sum == kInfinity);
           // As torch: NaN spreads to all elements, infinity makes itself NaN and all others 0.
           const Gradients gradients(list, values);
           const std::vector<SmallTable> tables = tables_of(gradients.index(), one.workers);
           run_scale(tables,
-                    clip_of(norm, outcome.partials.to_read(), workers_of(tables), 1.0, nullptr),
+                    clip_of(kind, outcome.partials.to_read(), workers_of(tables), 1.0, nullptr),
                     schedule);
           for (size_t t = 0; t < list.size(); ++t) {
             for (int64_t i = 0; i < list[t].numel; ++i) {

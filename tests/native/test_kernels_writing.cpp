@@ -11,17 +11,17 @@ namespace gradclip::cuda {
 
 // Nothing is written where the coefficient is 1, not even what is there already.
 void test_quiet() {
-  for (const double limit : {1.001, kInfinity}) {
+  for (const double ratio : {1.001, kInfinity}) {
     for (const double bad : {0.25, kInfinity, kNaN}) {
-      // Only without a limit does such a norm leave the gradients alone.
-      if (!std::isfinite(bad) && std::isfinite(limit)) continue;
-      subject = "quiet " + std::to_string(limit) + " " + std::to_string(bad);
+      // Only with an infinite max_norm does such a norm leave the gradients alone.
+      if (!std::isfinite(bad) && std::isfinite(ratio)) continue;
+      subject = "quiet " + std::to_string(ratio) + " " + std::to_string(bad);
       const Values values = [bad](int64_t, int64_t i) { return i == 5 ? bad : 0.5; };
       Gradients gradients(small_mixed_list(), values);
       const double norm = norm_of(gradients, Norm::kL2);
       const std::vector<SmallTable> tables = tables_of(gradients.index(), 3);
       NormResult norm_result(DType::kFloat64);
-      const double max_norm = std::isinf(limit) ? limit : limit * norm;
+      const double max_norm = std::isinf(ratio) ? ratio : ratio * norm;
       gradients.forbid_writing();
       for (const Schedule& schedule : kSchedules) {
         Results partials(workers_of(tables));
@@ -41,35 +41,35 @@ void test_quiet() {
   }
 }
 
-// A norm that the caller gives, and limits; each as a number or on the GPU, where it is complete
+// A norm that the caller gives, and max_norm; each as a number or on the GPU, where it is complete
 // only when the kernel before has ended.
 void test_given_numbers() {
   for (const double norm : {0.5, 8.0, 1e300, kInfinity, kNaN}) {
-    for (const double limit : {0.0, 3.0, -1.0, kNaN, kInfinity}) {
+    for (const double max_norm : {0.0, 3.0, -1.0, kNaN, kInfinity}) {
       for (const int where : {0, 1, 2, 3}) {
         const bool norm_on_gpu = (where & 1) != 0;
-        const bool limit_on_gpu = (where & 2) != 0;
+        const bool max_norm_on_gpu = (where & 2) != 0;
         // The binding refuses these before it launches anything.
-        if (!limit_on_gpu && !(limit >= 0.0)) continue;
-        subject = "norm " + std::to_string(norm) + ", limit " + std::to_string(limit);
+        if (!max_norm_on_gpu && !(max_norm >= 0.0)) continue;
+        subject = "norm " + std::to_string(norm) + ", max_norm " + std::to_string(max_norm);
         const Gradients before(small_mixed_list(), random_values(1.0));
         const Gradients gradients(small_mixed_list(), random_values(1.0));
         const std::vector<SmallTable> tables = tables_of(gradients.index(), 4);
         Results numbers(2);
         NormResult norm_result(DType::kFloat64);
-        const Clip clip =
-            clip_of(norm_on_gpu ? on_gpu(numbers.to_read(), DType::kFloat64) : known(norm),
-                    limit_on_gpu ? on_gpu(numbers.to_read() + 1, DType::kFloat64) : known(limit),
-                    &norm_result);
+        const Clip clip = clip_of(
+            norm_on_gpu ? on_gpu(numbers.to_read(), DType::kFloat64) : known(norm),
+            max_norm_on_gpu ? on_gpu(numbers.to_read() + 1, DType::kFloat64) : known(max_norm),
+            &norm_result);
         const SmallTable& table = tables.front();
         const emulation::Launch launch = {table.workers, kThreads, /*early=*/true};
         Grid scale(launch, kSchedules[where], [&] { scale_thread(table, clip); });
         scale.run_to_wait();
         numbers.to_write()[0] = norm;
-        numbers.to_write()[1] = limit;
+        numbers.to_write()[1] = max_norm;
         numbers.publish();
         scale.run();
-        const double coefficient = limit >= 0.0 ? clip_coefficient(limit, norm) : kNaN;
+        const double coefficient = max_norm >= 0.0 ? clip_coefficient(max_norm, norm) : kNaN;
         CHECK(is_scaled(gradients, before, coefficient));
         CHECK(is_same(norm_result.get(), norm));
       }
@@ -131,19 +131,19 @@ void test_one_block() {
   for (const DType dtype : kDTypes)
     lists.push_back({{2 * tile_elements(dtype) + 9, dtype, 1}, {3, dtype}});
   for (const List& list : lists) {
-    for (const Norm norm : kNorms) {
-      for (const double limit : {0.3, 2.0}) {
+    for (const Norm kind : kNorms) {
+      for (const double ratio : {0.3, 2.0}) {
         subject = "one block " + name_of(list);
-        const Precision precision = precision_of(limit > 1.0);
+        const Precision precision = precision_of(ratio > 1.0);
         const Gradients before(list, random_values(1.0));
-        const double expected = norm_of(before, norm);
-        const double max_norm = limit * expected;
+        const double expected = norm_of(before, kind);
+        const double max_norm = ratio * expected;
         double first = kPoison;
         for (const Schedule& schedule : kSchedules) {
           const Gradients gradients(list, random_values(1.0));
           SmallTable table = tables_of(gradients.index(), 1).front();
           NormResult norm_result(DType::kFloat64);
-          const Clip clip = clip_of(norm, nullptr, 0, max_norm, &norm_result);
+          const Clip clip = clip_of(kind, nullptr, 0, max_norm, &norm_result);
           Grid({1, kThreads}, schedule, [&] {
             clip_in_one_block_thread(table, precision, clip);
           }).run();
@@ -222,25 +222,25 @@ void test_clamp() {
 void test_finish() {
   for (const int count :
        {1, 2, 31, 32, 33, kThreads - 1, kThreads, kThreads + 1, 3 * kThreads + 5}) {
-    for (const Norm norm : kNorms) {
+    for (const Norm kind : kNorms) {
       Results partials(count);
       long double sum = 0.0L;
       for (int i = 0; i < count; ++i) {
         const double value = 1.0 / (i + 1);
         partials.to_write()[i] = value;
-        sum = norm == Norm::kInf ? std::max<long double>(sum, value) : sum + value;
+        sum = kind == Norm::kInf ? std::max<long double>(sum, value) : sum + value;
       }
       partials.publish();
       subject = "finish " + std::to_string(count);
       for (const DType dtype : kDTypes) {
         NormResult norm_result(dtype);
         const double power_sum =
-            run_finish(norm, partials, count, dtype, norm_result.place(), kSchedules[count % 4]);
+            run_finish(kind, partials, count, dtype, norm_result.place(), kSchedules[count % 4]);
         CHECK(is_close(power_sum, static_cast<double>(sum)));
-        CHECK(norm_result.get() == rounded(finish(norm, power_sum), dtype));
+        CHECK(norm_result.get() == rounded(finish(kind, power_sum), dtype));
         CHECK(norm_result.has_only_norm());
       }
-      CHECK(!is_poison(run_finish(norm, partials, count, DType::kFloat32, nullptr, kSchedules[0])));
+      CHECK(!is_poison(run_finish(kind, partials, count, DType::kFloat32, nullptr, kSchedules[0])));
     }
   }
   for (const double norm : {1e6, 1e39, 1e-30, kInfinity, kNaN}) {
