@@ -2,7 +2,7 @@
 
 namespace gradclip::binding {
 
-// Nothing here runs Python code, so that no container can change meanwhile.
+// Runs no Python code, so no container can change in the meantime.
 bool hold_exactly(PyObject* containers, PyObject* expected) {
   const Py_ssize_t expected_count = PyTuple_GET_SIZE(expected);
   Py_ssize_t seen = 0;

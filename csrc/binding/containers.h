@@ -1,4 +1,4 @@
-// Looks into Python's containers faster than Python can.
+// Compares the contents of Python containers faster than Python can.
 #pragma once
 
 #include <Python.h>

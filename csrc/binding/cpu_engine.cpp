@@ -13,7 +13,7 @@
 namespace gradclip::binding {
 namespace {
 
-// Below this a second thread costs more to wake than it saves.
+// Below this, waking a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 512 * 1024;
 
 // Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
@@ -30,8 +30,8 @@ void for_all_workers(const FlatIndex& index, bool serial, const Work& work) {
                    [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
 }
 
-// Runs a writing pass. Threads must not meet in memory that two tensors share, so such lists are
-// written one tensor after another, on this thread.
+// Runs a writing pass. Threads must not race on memory that two tensors share, so such a list is
+// written serially, one tensor after another.
 template <class Work>
 void write(const TensorList& tensors, const Work& work) {
   const FlatIndex index = tensors.index_for_writing();
@@ -62,13 +62,13 @@ double measured(const TensorList& tensors, Norm kind, Precision precision) {
 }
 
 void scale_by(const TensorList& tensors, double coefficient) {
-  // Not >= 1: NaN has to reach the gradients.
+  // Not >= 1: NaN has to propagate to the gradients.
   if (coefficient == 1.0) return;
   write(tensors,
         [&](const FlatIndex& index, Range workers) { cpu::scale(index, coefficient, workers); });
 }
 
-// A 0-dim tensor, made without going through the dispatcher.
+// A 0-dim tensor, allocated without the dispatcher.
 at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
   at::Tensor tensor(at::detail::empty_cpu({}, dtype));
   void* data = tensor.mutable_data_ptr();
@@ -162,7 +162,7 @@ class CpuEngine final : public Engine {
   }
 
  private:
-  // nullopt where the norm is to be an error.
+  // nullopt if the norm is not finite and that is an error.
   static std::optional<double> checked_norm(const TensorList& tensors, const NormRequest& request) {
     const double norm = finish(request.kind, measured(tensors, request.kind, request.precision));
     if (request.error_if_nonfinite && !std::isfinite(norm)) return std::nullopt;

@@ -18,7 +18,7 @@ namespace {
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  // Otherwise the next call, anybody's, would report it again.
+  // Clear the error, or the next CUDA call of the process would report it again.
   (void)cudaGetLastError();
   int device = 0;
   int major = 0;
@@ -34,7 +34,7 @@ void check(cudaError_t error) {
               major, ".", minor, "\"");
 }
 
-// The device that calls go to, and its current stream.
+// The tensors' device, made current, and torch's current stream on it.
 class Queue {
  public:
   explicit Queue(const TensorList& tensors)
@@ -44,14 +44,14 @@ class Queue {
 
   cudaStream_t stream() const { return stream_.stream(); }
 
-  // A tensor, made without going through the dispatcher; 0-dim without sizes.
+  // A tensor, allocated without the dispatcher; 0-dim by default.
   at::Tensor empty(at::ScalarType dtype, at::IntArrayRef sizes = {}) const {
     return at::Tensor(at::detail::empty_generic(sizes, allocator(), c10::DispatchKeySet(kGpuKey),
                                                 dtype,
                                                 /*memory_format_opt=*/std::nullopt));
   }
 
-  // Memory that may be let go as soon as what uses it is queued on this stream.
+  // Memory that may be freed as soon as its users are queued on this stream.
   c10::DataPtr scratch(int64_t doubles) const {
     return allocator()->allocate(static_cast<size_t>(doubles) * sizeof(double));
   }
@@ -75,14 +75,14 @@ cuda::Scalar scalar_of(const Scalar& scalar) {
   return {0.0, scalar.tensor.const_data_ptr(), *native_dtype(scalar.tensor.scalar_type())};
 }
 
-// Partial sums of all tensors, queued for the kernels that follow on the same stream.
+// The partial sums of all tensors, for the kernels that follow on the same stream.
 class Measurement {
  public:
   Measurement(const Queue& queue, const FlatIndex& index, Norm kind, Precision precision)
       : kind_(kind) {
     const cuda::Plan plan = plan_of(index);
     count_ = plan.partials();
-    // Never nothing, since a null pointer means something else to the kernels.
+    // At least one, since the kernels take a null pointer for a norm that is given.
     memory_ = queue.scratch(std::max<int64_t>(count_, 1));
     check(cuda::power_sums(plan, kind, precision, partials(), nullptr, queue.stream()));
   }
@@ -95,7 +95,7 @@ class Measurement {
                        queue.stream()));
   }
 
-  // The norm, once the GPU has found it: the host waits.
+  // The norm, on the host. This is a device sync.
   double awaited_norm(const Queue& queue) const {
     const at::Tensor sum = queue.empty(at::kDouble);
     finish(queue, sum.mutable_data_ptr<double>(), at::Tensor());
@@ -111,8 +111,8 @@ class Measurement {
   c10::DataPtr memory_;
 };
 
-// Queues a writing kernel. Blocks must not meet in memory that two tensors share, so such lists are
-// cut into several that each hold none, one after another.
+// Queues a writing kernel. Blocks must not race on memory that two tensors share, so such a list is
+// split into several without overlap, which run one after another.
 template <class Launch>
 void write(const TensorList& tensors, const Launch& launch) {
   for (const FlatIndex& index : tensors.disjoint_indices_for_writing()) {
@@ -123,7 +123,7 @@ void write(const TensorList& tensors, const Launch& launch) {
 void scale_by(const Queue& queue, const TensorList& tensors, cuda::Clip clip, bool early) {
   write(tensors, [&](const cuda::Plan& plan) {
     const cudaError_t error = cuda::scale(plan, clip, early, queue.stream());
-    // Of several, only the first leaves the norm and follows right behind the measurement.
+    // Of several launches, only the first writes the norm and directly follows the measurement.
     clip.norm_result = nullptr;
     early = false;
     return error;
@@ -138,8 +138,7 @@ cuda::Clip clip_by_given(const Scalar& given, bool is_coefficient, const Scalar&
   return clip;
 }
 
-// Where the tensors that are not empty stand among the parameters that were listed; undefined where
-// they are all of them.
+// The places of the tensors that are not empty among those listed; undefined if none is left out.
 at::Tensor positions_on(const Queue& queue, const TensorList& tensors) {
   const std::vector<int64_t> positions = tensors.positions();
   const int64_t count = static_cast<int64_t>(positions.size());
@@ -151,8 +150,8 @@ at::Tensor positions_on(const Queue& queue, const TensorList& tensors) {
   return result;
 }
 
-// Whether a thread that reads 16 bytes of each gradient finds the same elements in 16 bytes of its
-// parameter.
+// Whether each gradient and its parameter have the same offset from a 16-byte boundary, so that a
+// vector load of either holds the same elements.
 bool have_same_alignment(const FlatIndex& index, const std::vector<const void*>& parameters) {
   for (size_t i = 0; i < parameters.size(); ++i) {
     const auto gradient = reinterpret_cast<uintptr_t>(index.spans()[i].data);
@@ -230,7 +229,7 @@ class CudaEngine final : public Engine {
     }
     clip.partials = measurement.partials();
     clip.count = measurement.count();
-    // Sorting for tensors that share memory comes here, while the GPU measures.
+    // Tensors that share memory are looked for in here, on the host while the GPU measures.
     scale_by(queue, tensors, clip, /*early=*/!request.error_if_nonfinite);
     return result;
   }

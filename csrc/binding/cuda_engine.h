@@ -1,6 +1,6 @@
-// The engine for tensors on a GPU. Compiled only where there is a CUDA toolkit. All work is queued
-// on torch's current stream of the tensors' device. The host waits for the GPU only where
-// error_if_nonfinite asks for an answer.
+// The engine for tensors on a GPU. Compiled only in a build with CUDA. All work is queued on
+// torch's current stream of the tensors' device, without a device sync unless error_if_nonfinite is
+// set.
 #pragma once
 
 #include "binding/engine.h"

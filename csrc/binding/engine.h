@@ -1,5 +1,5 @@
-// What the CPU and the CUDA engine have in common: the operations on a list of native tensors of
-// one device. Engines neither count versions nor choose themselves; see operations.cpp.
+// The interface of the CPU and the CUDA engine: the operations on a list of native tensors of one
+// device. Version counters and the choice of an engine are not theirs; see operations.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,22 +12,22 @@
 
 namespace gradclip::binding {
 
-// A real number that the host knows, or a tensor of one element on a GPU, which the engine reads
-// without a device sync.
+// A real number known on the host, or a one-element tensor on the tensors' GPU, which the kernels
+// read without a device sync.
 struct Scalar {
   double value = 0.0;
-  // Undefined where `value` holds.
+  // Undefined if `value` is the number.
   at::Tensor tensor;
 
   bool is_known() const { return !tensor.defined(); }
 };
 
-// The norm that is asked for.
+// Which norm to compute, and in which dtype to return it.
 struct NormRequest {
   Norm kind;
   Precision precision;
   at::ScalarType result_dtype;
-  // Whether a norm that is not finite is for the fallback, which words the error.
+  // Whether to decline if the norm is not finite; the fallback then raises the error.
   bool error_if_nonfinite;
 };
 
@@ -38,10 +38,10 @@ struct Norms {
   at::Tensor each;
 };
 
-// Weight decay to be added to gradients while they are measured.
+// Weight decay to add to the gradients in the measuring pass.
 struct WeightDecay {
   double factor;
-  // In memory the same as the gradients, tensor by tensor and element by element.
+  // With the dtypes, shapes and strides of the gradients.
   const TensorList& parameters;
 };
 
@@ -66,7 +66,7 @@ class Engine {
   // A coefficient of exactly 1 writes nothing.
   virtual void scale(const TensorList& tensors, const Scalar& coefficient) const = 0;
 
-  // By the coefficient that makes `max_norm` of `total_norm`.
+  // By the clip coefficient of the two norms.
   virtual void scale_to_norm(const TensorList& tensors, const Scalar& max_norm,
                              const Scalar& total_norm) const = 0;
 

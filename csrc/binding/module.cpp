@@ -6,7 +6,7 @@ namespace gradclip::binding::python {
 
 PYBIND11_MODULE(_C, m) {
   using py::arg;
-  // Here, where a wrong GRADCLIP_CPU becomes an ImportError, and not in the midst of a call.
+  // Fail on an invalid GRADCLIP_CPU here, as an ImportError, rather than in the middle of a call.
   cpu::kernels();
   m.doc() = "Native engine of gradclip_ext; see gradclip_ext.functional for the public functions.";
   m.def("clip_grad_norm_", &clip_grad_norm_, arg("parameters"), arg("max_norm"), arg("norm_type"),

@@ -23,12 +23,12 @@ const Engine& engine_of(const TensorList& tensors) {
 
 enum class Access { kRead, kWrite };
 
-// What all operations have in common. `work` is given the engine and answers as the operation does.
+// What all operations have in common. `work` gets the engine and returns the operation's result.
 template <class Work>
 auto run(const char* name, Access access, const TensorList& tensors, const Work& work) {
   RECORD_FUNCTION(name, {});
   auto answer = work(engine_of(tensors));
-  // Also where a coefficient of 1 left everything as it was: torch's functions always write.
+  // Even if a coefficient of 1 left the gradients unchanged: torch's functions always write.
   if (answer && access == Access::kWrite) tensors.bump_versions();
   return answer;
 }
@@ -37,7 +37,7 @@ std::optional<int64_t> count_of(const TensorList& tensors) {
   return static_cast<int64_t>(tensors.tensors().size());
 }
 
-// What a sum has to be good for, for a result of that dtype.
+// The precision of the sums behind a result of this dtype.
 Precision precision_for(at::ScalarType dtype) {
   return dtype == at::kDouble ? Precision::kFloat64 : Precision::kFloat32;
 }
@@ -48,7 +48,7 @@ NormRequest request_of(const TensorList& tensors, Norm kind, bool error_if_nonfi
   return {kind, precision_for(result_dtype), result_dtype, error_if_nonfinite};
 }
 
-// Whether the elements of each parameter are in memory as those of its gradient, one by one.
+// Whether each parameter has the dtype and the memory layout of its gradient.
 bool same_layout(const TensorList& gradients, const TensorList& parameters) {
   const std::vector<at::Tensor>& ours = gradients.tensors();
   const std::vector<at::Tensor>& theirs = parameters.tensors();

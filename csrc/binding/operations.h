@@ -1,7 +1,7 @@
-// The operations on a list of native tensors of one device. Each is one call of that device's
-// engine, in a range of its own for profilers; what was written has a new version afterwards. None
-// of them needs Python; all may run while the GIL is released. nullopt means that the list was
-// declined, with nothing written.
+// The operations on a list of native tensors of one device. Each is a single call of that device's
+// engine, inside a profiler range, and bumps the version counters of the tensors it writes. None of
+// them needs Python; all may run with the GIL released. nullopt means that the list was declined,
+// with nothing written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,8 +16,8 @@
 
 namespace gradclip::binding {
 
-// The four functions of torch.nn.utils. `dtype` overrides the dtype of the result. Those that take
-// error_if_nonfinite decline where it is set and the norm is not finite.
+// The four functions of torch.nn.utils. `dtype` overrides the dtype of the result. Those with
+// error_if_nonfinite decline if it is set and the norm is not finite.
 std::optional<at::Tensor> clip_grad_norm_(const TensorList& gradients, const Scalar& max_norm,
                                           Norm kind, bool error_if_nonfinite,
                                           std::optional<at::ScalarType> dtype);
@@ -26,23 +26,23 @@ std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm kind,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype);
 
-// How many gradients it took; so do those below.
+// Returns how many gradients it took, as do the functions below.
 std::optional<int64_t> clip_grads_with_norm_(const TensorList& gradients, const Scalar& max_norm,
                                              const Scalar& total_norm);
 
 std::optional<int64_t> clip_grad_value_(const TensorList& gradients, double clip_value);
 
-// The norms are good for results of `dtype`, which without one is that of get_total_norm. With
-// `decay`, which may be null, it is added to the gradients in the same pass; declined where the
-// parameters are not in memory as the gradients are, or gradients share memory.
+// The norms are as accurate as a result in `dtype` needs, by default the dtype of get_total_norm.
+// `decay`, which may be null, is added to the gradients in the same pass; it declines if parameters
+// and gradients differ in dtype or layout, or if gradients share memory.
 std::optional<Norms> grad_norms(const TensorList& gradients, Norm kind,
                                 std::optional<at::ScalarType> dtype, const WeightDecay* decay);
 
 // Multiplies every tensor in place. A coefficient of exactly 1 writes nothing.
 std::optional<int64_t> scale_(const TensorList& tensors, const Scalar& coefficient);
 
-// Multiplies each tensor by the coefficient at its place among those listed, of a 1-D tensor in
-// float64 on the same device: 1 writes nothing, 0 clears, also NaN and infinity. Declined where
+// Multiplies each tensor by its own coefficient, from a 1-D float64 tensor on the same device with
+// one for each tensor listed: 1 writes nothing, 0 clears, including NaN and infinity. Declines if
 // gradients on a GPU share memory.
 std::optional<int64_t> scale_each_(const TensorList& tensors, const at::Tensor& coefficients);
 

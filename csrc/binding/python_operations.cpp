@@ -23,11 +23,11 @@ bool gather_native(py::handle sequence, Read read, TensorList* tensors) {
   return !observed() && gather(sequence.ptr(), read, tensors) && !tensors->tensors().empty();
 }
 
-// A Python number, or a tensor of one element that the GPU reads; nullopt for one that only the
-// fallback can read.
+// A Python number, or a one-element tensor on the tensors' GPU; nullopt for what only the fallback
+// can read.
 std::optional<Scalar> read_scalar(py::handle number, const TensorList& tensors) {
   Scalar result;
-  // First, because it is what nearly every call brings, and Python's answer takes long.
+  // The common case first: a cast through pybind11 takes longer.
   if (PyFloat_CheckExact(number.ptr())) {
     result.value = PyFloat_AS_DOUBLE(number.ptr());
     return result;

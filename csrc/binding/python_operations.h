@@ -23,8 +23,8 @@ py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
 py::object scale_(py::handle parameters, py::handle coefficient);
 py::object scale_each_(py::handle parameters, py::handle coefficients);
 
-// The primitives ask for native, flat tensors of one device, which the fallback has sorted out, and
-// raise instead of declining.
+// The primitives take native, flat tensors of one device, as sorted by the fallback, and raise
+// instead of declining.
 py::object power_sum(py::handle tensors, double norm_type);
 void scale_tensors_(py::handle tensors, py::handle coefficient);
 void clamp_tensors_(py::handle tensors, double clip_value);
@@ -35,7 +35,7 @@ bool is_flat(py::handle tensor);
 // The number in a tensor of one element, where the host may read it without a device sync and
 // nothing is watching; else None.
 py::object known_number(py::handle tensor);
-// Whether anything is active that expects to see every operation of torch.
+// Whether a mode, a transform or a trace expects to see every torch operation.
 bool observed();
 std::string instruction_set();
 void set_device_mode_type(py::handle type);

@@ -24,8 +24,8 @@ class Reference {
   PyObject* object_;
 };
 
-// Through Python, for subclasses, which may define `grad` as they like, and for tensors that are
-// not leaves, of which torch warns. The result lives on in the list.
+// Through Python: a subclass may define its own `grad`, and torch warns about that of a non-leaf
+// tensor. The list keeps the result alive.
 bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
   const Reference grad(PyObject_GetAttrString(parameter, "grad"));
   if (grad.get() == nullptr) throw pybind11::error_already_set();
@@ -70,7 +70,7 @@ bool gather(PyObject* sequence, Read read, TensorList* tensors) {
   const bool is_list = PyList_CheckExact(sequence);
   if (!is_list && !PyTuple_CheckExact(sequence)) return false;
   tensors->reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)));
-  // A `grad` property may change the list: the size is read anew and the item held.
+  // A `grad` property may change the list, so read its size each time and hold the item.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence); ++i) {
     PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
     Py_INCREF(item);

@@ -33,13 +33,13 @@ bool is_engines(c10::DispatchKeySet keys) {
   return false;
 }
 
-// GPUs refuse to read numbers that do not lie at a multiple of their size, which memory that comes
-// from elsewhere may do.
+// GPUs fault on loads that are not aligned to the element size, and memory from outside torch may
+// not be.
 bool is_aligned(const Span& span) {
   return reinterpret_cast<uintptr_t>(span.data) % element_size(span.dtype) == 0;
 }
 
-// Forward-mode automatic differentiation: the tangent has to be carried along.
+// Forward-mode AD: the tangent would have to be scaled too.
 bool has_tangent(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->autograd_meta() != nullptr &&
          tensor._fw_grad(/*level=*/0).defined();
@@ -67,7 +67,7 @@ std::optional<DType> native_dtype(at::ScalarType dtype) {
 bool is_native(const at::Tensor& tensor) {
   return is_engines(tensor.key_set() - kTransparentKeys) && native_dtype(tensor.scalar_type()) &&
          !has_tangent(tensor) &&
-         // Torch refuses to write to these outside of inference mode, and so must we.
+         // Torch raises when these are written outside of inference mode, and so must we.
          (!tensor.is_inference() || c10::InferenceMode::is_enabled());
 }
 
@@ -89,8 +89,8 @@ void TensorList::reserve(size_t count) {
 }
 
 void TensorList::add(const at::Tensor& tensor) {
-  // What accept will look at. With a few hundred gradients none of it is in the cache, and asked
-  // for now it arrives while the next ones are added.
+  // Prefetch what accept will read: with a few hundred tensors none of it is cached, and it arrives
+  // while the next ones are added.
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   __builtin_prefetch(reinterpret_cast<const char*>(impl) + 64);
   __builtin_prefetch(reinterpret_cast<const char*>(impl) + 128);
@@ -123,7 +123,7 @@ bool TensorList::accept() {
     } else if (real_dtype != norm_dtype_) {
       norm_dtype_ = c10::promoteTypes(norm_dtype_, real_dtype);
     }
-    // Nothing writes through a span made here: index_for_writing makes its own.
+    // Nothing writes through this span; index_for_writing makes its own.
     spans_.push_back(span_of(tensor, const_cast<void*>(tensor.const_data_ptr())));
     if (tensor.device() != device()) return false;
     if (are_on_gpu() && !is_aligned(spans_.back())) return false;

@@ -14,7 +14,7 @@
 
 namespace gradclip::binding {
 
-// What the CUDA engine works on. Its emulation in the tests works on the CPU's memory instead.
+// The device of the CUDA engine. The tests' emulation runs that engine on CPU memory instead.
 #if defined(GRADCLIP_EMULATION)
 inline constexpr c10::DeviceType kGpuDevice = c10::DeviceType::CPU;
 inline constexpr c10::DispatchKey kGpuKey = c10::DispatchKey::CPU;
@@ -23,21 +23,23 @@ inline constexpr c10::DeviceType kGpuDevice = c10::DeviceType::CUDA;
 inline constexpr c10::DispatchKey kGpuKey = c10::DispatchKey::CUDA;
 #endif
 
-// Whether the tensor's memory may be read and written behind the dispatcher's back: its dispatch
-// keys say plain CPU, or plain CUDA where there is an engine for it, once those that do not change
-// what is stored are masked, and its dtype is one the kernels know. FakeTensor, meta, wrapper
+// Whether the tensor's memory may be read and written without the dispatcher: once the dispatch
+// keys that do not change what is stored are masked, only plain CPU is left, or plain CUDA in a
+// build with that engine, and the kernels support its dtype. FakeTensor, meta, wrapper
 // subclasses, functorch, nested, quantized and MKL-DNN tensors also look strided, but have other
 // keys.
 bool is_native(const at::Tensor& tensor);
 
-// Whether its elements fill one block of memory, in whatever order of dimensions.
+// Whether its elements fill one contiguous block of memory, in any order of dimensions.
 bool is_flat(const at::Tensor& tensor);
 
-// The dtype as the engines know it, where they do; complex numbers are pairs of reals.
+// The engines' name for a dtype, nullopt if they do not support it; complex numbers are pairs of
+// reals.
 std::optional<DType> native_dtype(at::ScalarType dtype);
 
 // Whether nothing is active on this thread that expects to see every torch operation: a dispatch
-// mode, a functorch transform or a jit trace. (Function modes are Python's; see python_tensors.h.)
+// mode, a functorch transform or a jit trace. (Function modes live in Python; see
+// python_tensors.h.)
 bool operations_are_unobserved();
 
 class TensorList {
@@ -52,35 +54,35 @@ class TensorList {
   // Stands for a parameter that has no gradient.
   void skip() { ++listed_; }
 
-  // To be called once, after the last one was added. False when any of the tensors is for the
-  // fallback, or when they are on several devices.
+  // Call it once, after adding the last tensor. False if any of them is for the fallback, or if
+  // they are on several devices.
   bool accept();
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
 
-  // How many were added or skipped, and which of these each tensor that is not empty was: empty
-  // ones are none of the index's tensors.
+  // How many were added or skipped, and the place among these of each tensor that is not empty; the
+  // index leaves empty ones out.
   int64_t listed() const { return listed_; }
   std::vector<int64_t> positions() const;
 
-  // Where all of them lie; for a list that is not empty.
+  // The device of all of them; only for a list that is not empty.
   c10::Device device() const { return tensors_.front().device(); }
   bool are_on_gpu() const { return device().type() == kGpuDevice; }
 
   // The dtype torch gives the norm of these tensors.
   at::ScalarType norm_dtype() const { return norm_dtype_; }
 
-  // For measuring; leaves copy-on-write tensors shared.
+  // For measuring; does not materialize copy-on-write tensors.
   FlatIndex index_for_reading() const { return FlatIndex(spans_); }
 
-  // For writing; gives copy-on-write tensors memory of their own.
+  // For writing; materializes copy-on-write tensors.
   FlatIndex index_for_writing() const;
 
-  // The same in as few indices as can be, none of which holds two tensors that share memory: a
-  // single one unless some do. Sorts the tensors, so call it only once it is needed.
+  // The same, split into as few indices as possible so that no two tensors of an index share
+  // memory: a single index unless some do. Sorts the tensors, so call it as late as possible.
   std::vector<FlatIndex> disjoint_indices_for_writing() const;
 
-  // Where the tensors that are not empty begin, for reading.
+  // The first element of each tensor that is not empty, for reading.
   std::vector<const void*> pointers() const;
 
   // As every in-place operation does, so that autograd notices the change.

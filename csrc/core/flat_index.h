@@ -101,7 +101,7 @@ class FlatIndex {
   }
   int64_t tensor_of(int64_t tile) const { return find_tensor(first_tile_.data(), tensors(), tile); }
 
-  // The part of `tensor` that lies in the tiles.
+  // The part of `tensor` within the tiles.
   Span part(int64_t tensor, Range tiles) const {
     const Span& span = spans_[static_cast<size_t>(tensor)];
     const int64_t offset = (tiles.begin - first_tile(tensor)) * kTileBytes;

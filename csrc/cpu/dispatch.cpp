@@ -1,4 +1,4 @@
-// Chooses the kernels for the processor that the program runs on.
+// Chooses the kernels for the processor at run time.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

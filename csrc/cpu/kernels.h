@@ -1,4 +1,4 @@
-// The CPU kernels as the engine sees them: functions on one contiguous run of numbers. There is one
+// The interface of the CPU kernels: functions on one contiguous run of elements. There is one
 // table per instruction set, all compiled from kernels_body.h.
 #pragma once
 
@@ -21,9 +21,9 @@ struct Kernels {
   double (*power_sum)(Norm kind, Precision precision, const Span& run);
   // Multiplies in place, rounding each element once.
   void (*scale)(const Span& run, double coefficient);
-  // Adds `factor` times as many other numbers of the same dtype.
+  // Adds `factor` times the elements of another run of the same dtype.
   void (*add_scaled)(const Span& run, const void* others, double factor);
-  // Limits each element to [-bound, bound] in place; NaN stays NaN.
+  // Clamps each element to [-bound, bound] in place; NaN stays NaN.
   void (*clamp)(const Span& run, double bound);
 };
 

@@ -1,7 +1,7 @@
 // The CPU kernels for processors with AVX-512.
 //
-// Only what stands inside the region is compiled for them. Headers stay outside: a function of
-// theirs that is not inlined exists once in the program, and the linker may keep this file's copy.
+// Only the code inside the region is compiled for them. Headers stay outside: a header function
+// that is not inlined exists once in the program, and the linker may keep this file's copy.
 #include "cpu/kernels.h"
 
 #if GRADCLIP_WIDE_KERNELS

@@ -3,8 +3,8 @@
 // namespace of its own. It has no include guard: one program holds it once per instruction set.
 //
 // Vectors are the compiler's own (gcc's and clang's vector_size), so the same lines become SSE2,
-// NEON, AVX2 or AVX-512. They are spelled out, and not left to the auto-vectorizer, because that
-// keeps its hands off sums, whose order it may not change.
+// NEON, AVX2 or AVX-512. They are written out, rather than left to the auto-vectorizer, because it
+// may not reorder floating-point sums.
 
 #include "cpu/sums_body.h"
 
@@ -16,7 +16,7 @@ void scale_values(Element* values, int64_t count, double coefficient) {
     }
     return;
   }
-  // A NaN of somebody's may hold anything in the half that bfloat16 cuts off.
+  // A caller's NaN payload may have bits in the half that bfloat16 cuts off.
   const float factor = std::isnan(coefficient) ? std::numeric_limits<float>::quiet_NaN()
                                                : static_cast<float>(coefficient);
   const auto scale_two = [&](int64_t at) {
@@ -58,7 +58,7 @@ void add_scaled_values(double* values, const double* others, int64_t count, doub
   for (; i < count; ++i) values[i] += others[i] * factor;
 }
 
-// Written so that NaN, for which no comparison holds, is kept.
+// Keeps NaN, since comparisons with it are false.
 template <class Value>
 GRADCLIP_INLINE Value clamped(Value value, Value bound) {
   value = value > bound ? bound : value;

@@ -8,8 +8,8 @@
 namespace gradclip::cpu {
 namespace {
 
-// Enough that a hundred threads get nearly equal shares, few enough that adding up their partials
-// takes no time.
+// Enough for a hundred threads to get nearly equal shares, few enough that adding up their partials
+// is negligible.
 constexpr int64_t kMaxWorkers = 1024;
 
 // Consecutive workers own consecutive tiles.
@@ -30,8 +30,8 @@ void power_sums(const FlatIndex& index, Norm kind, Precision precision, const De
   const int64_t first_tile = tiles_of_workers(index, workers).begin;
   int64_t tensor = index.tensor_of(first_tile);
   int64_t slot = slot_of(tensor, workers.begin);
-  // Where a worker starts on a tensor's first tile, both numbers advance at once, and the slot
-  // between the one before and its own belongs to nobody.
+  // If a worker starts on a tensor's first tile, tensor and worker advance together, and the slot
+  // between the previous one and its own is unused.
   if (workers.begin > 0 && index.first_tile(tensor) == first_tile) slots[slot - 1] = 0.0;
   PowerSum sum(kind);
   for (int64_t worker = workers.begin; worker < workers.end; ++worker) {

@@ -18,7 +18,7 @@ int64_t worker_count(const FlatIndex& index);
 
 // Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
 // after all workers ran, every one of the slot_count(tensors, workers) slots is written.
-// With `decay`, which may be null, each run of a gradient is changed right before it is measured.
+// `decay`, which may be null, is added to each run of a gradient right before it is measured.
 void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
                 Range workers, double* slots) noexcept;
 
@@ -28,8 +28,8 @@ std::vector<double> tensor_norms(const FlatIndex& index, Norm kind,
 
 void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
 
-// Each tensor by a coefficient of its own, of which 1 writes nothing and 0 clears, also what is not
-// finite.
+// Multiplies each tensor by its own coefficient: 1 writes nothing, 0 clears, including NaN and
+// infinity.
 void scale_each(const FlatIndex& index, const double* coefficients, Range workers) noexcept;
 
 void clamp(const FlatIndex& index, double bound, Range workers) noexcept;

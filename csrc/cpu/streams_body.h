@@ -2,8 +2,8 @@
 // per instruction set: no include guard.
 
 // How a run is read and written: in kStreams streams at once, block after block of kChunk elements
-// of each. In a long run the streams lie far apart, which memory serves a tenth faster than one
-// stream after the other; in a short one they lie side by side, so that little is left over.
+// of each. In a long run the streams are far apart, which gets a tenth more memory bandwidth
+// than a single stream; in a short one they are adjacent, so that little is left over.
 template <int64_t kStreams, int64_t kChunk>
 struct Streams {
   Streams(int64_t count, int64_t element_bytes) {

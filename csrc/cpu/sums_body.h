@@ -7,8 +7,8 @@
 #include "cpu/streams_body.h"
 #include "cpu/vectors_body.h"
 
-// Additions in a row before the sum goes into a compensated one. Rounding errors of equal values
-// all point the same way, so the row has to be short.
+// Additions in a chain before it goes into a compensated sum. Rounding errors of equal values have
+// the same sign, so the chain has to be short.
 constexpr int64_t kChain = 8;
 
 GRADCLIP_INLINE Ints magnitude_bits(Floats vector) {
@@ -28,7 +28,7 @@ GRADCLIP_INLINE Vector map(Vector vector) {
   }
 }
 
-// Magnitudes compare as integers: NaN > inf > finite, so nothing has to be tested for.
+// Magnitudes compare as integers: NaN > inf > finite, so NaN needs no test.
 template <class Element>
 double largest_magnitude(const Element* values, int64_t count) {
   Ints even = {};
@@ -76,7 +76,7 @@ double largest_magnitude(const double* values, int64_t count) {
   return result;
 }
 
-// A sum and what rounding took from it (Knuth's TwoSum): together they grow by exactly `value`.
+// A sum and its rounding error (Knuth's TwoSum): together they grow by exactly `value`.
 template <class Value>
 GRADCLIP_INLINE void add_compensated(Value* sum, Value* compensation, Value value) {
   const Value total = *sum + value;
@@ -85,10 +85,10 @@ GRADCLIP_INLINE void add_compensated(Value* sum, Value* compensation, Value valu
   *sum = total;
 }
 
-// Everything in float64: nothing overflows or vanishes there that was finite in float32 or 16 bits.
+// All in float64, where nothing overflows or underflows that was finite in float32 or 16 bits.
 template <Norm kNorm, class Element>
 double exact_sum(const Element* values, int64_t count) {
-  // Sums side by side, so that no addition waits for the one before; as many as registers allow.
+  // Independent sums hide the latency of additions; as many as the registers allow.
   constexpr int64_t kStreams = kVectorBytes == 16 ? 2 : 4;
   const Streams<kStreams, kChain * kFloats> streams(count, sizeof(Element));
   Doubles sums[kStreams] = {};
@@ -137,17 +137,17 @@ double exact_sum(const Element* values, int64_t count) {
       lost[lane] += lost[lane + half];
     }
   }
-  // Once the sum is not finite the compensation holds inf - inf and means nothing.
+  // If the sum is not finite, the compensation is inf - inf and meaningless.
   return std::isfinite(lanes[0]) ? lanes[0] + lost[0] : lanes[0];
 }
 
-// As many numbers as fit, in short chains of float32: from a square to the float64 that it ends in,
-// at most kFloatChain + 3 roundings to float32. Inside the caches that is several times as fast as
-// exact_sum; the result is off by 1e-8, relative, and it is wrong where squares leave the range of
-// float32, which is for the caller to find out.
+// Short chains of float32: at most kFloatChain + 3 float32 roundings between a square and the
+// float64 sum. For data in cache that is several times as fast as exact_sum. The relative error is
+// about 1e-8, and the result is wrong if squares leave the range of float32, which the caller
+// checks.
 constexpr int64_t kFloatChain = 4;
 
-// The sums of one block, each lane of its own.
+// The sums of one block, lane by lane.
 template <Norm kNorm, int64_t kStreams, int64_t kSteps, class Element>
 GRADCLIP_INLINE Floats chain_sum(const Element* values, int64_t stride) {
   Floats sums[2 * kStreams];
@@ -166,7 +166,7 @@ GRADCLIP_INLINE Floats chain_sum(const Element* values, int64_t stride) {
       sums[2 * stream + 1] += map<kNorm>(two.second);
     }
   }
-  // Half with half, since equal numbers lose nothing when they are doubled.
+  // Pairwise by halves: adding equal values only doubles them, which is exact.
 #pragma GCC unroll 4
   for (int64_t half = kStreams; half > 0; half /= 2) {
 #pragma GCC unroll 4
@@ -220,7 +220,7 @@ template <Norm kNorm, class Element>
 double sum(const Element* values, int64_t count, Precision precision) {
   if (precision == Precision::kFloat64) return exact_sum<kNorm>(values, count);
   const double total = float_sum<kNorm>(values, count);
-  // Each square may lack what float32 flushes to zero, 2^-126: above this, that is nothing.
+  // Each square may lose up to 2^-126, which float32 flushes to zero; above this it is negligible.
   const double smallest = static_cast<double>(count) * 0x1p-100;
   if (total >= smallest && total <= std::numeric_limits<double>::max()) return total;
   return largest_magnitude(values, count) == 0.0 ? 0.0 : exact_sum<kNorm>(values, count);

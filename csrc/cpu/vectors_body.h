@@ -12,8 +12,8 @@ typedef float FewFloats __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FewWords __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
-// The same in memory, where gradients lie at any multiple of their element size. Always to be
-// named: `auto` and template parameters drop the alignment and assume that of a whole vector.
+// The same in memory, where gradients are aligned to their element size only. Always spell the type
+// out: `auto` and template parameters drop the attribute and assume the alignment of a vector.
 typedef float StoredFloats __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 typedef float StoredFewFloats __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 typedef double StoredDoubles __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
@@ -41,11 +41,11 @@ GRADCLIP_INLINE void store(Doubles vector, double* values) {
   *reinterpret_cast<StoredDoubles*>(values) = vector;
 }
 
-// gcc would make the wider conversions of a vector out of pairs, at half the speed.
+// gcc would build the wider conversions from pairs, at half the speed.
 #if GRADCLIP_X86_BITS == 256
 GRADCLIP_INLINE Doubles widen_few(FewFloats few) { return _mm256_cvtps_pd(few); }
 #elif GRADCLIP_X86_BITS == 512
-// gcc warns of its own header where the unmasked form leaves lanes undefined.
+// The unmasked form leaves lanes undefined, about which gcc warns in its own header.
 GRADCLIP_INLINE Doubles widen_few(FewFloats few) { return _mm512_maskz_cvtps_pd(0xff, few); }
 #else
 GRADCLIP_INLINE Doubles widen_few(FewFloats few) { return __builtin_convertvector(few, Doubles); }
@@ -62,7 +62,7 @@ GRADCLIP_INLINE void store(Floats vector, Float16* values) {
                    _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif GRADCLIP_X86_BITS == 512
-// gcc warns of its own header where the unmasked forms leave lanes undefined.
+// The unmasked forms leave lanes undefined, about which gcc warns in its own header.
 constexpr __mmask16 kAllLanes = 0xffff;
 
 GRADCLIP_INLINE Floats load(const Float16* values) {
@@ -107,7 +107,7 @@ GRADCLIP_INLINE void store(Floats vector, Float16* values) {
 GRADCLIP_INLINE float widen(float value) { return value; }
 GRADCLIP_INLINE void narrow(float value, float* result) { *result = value; }
 
-// Two vectors of numbers that lie side by side, in an order that the format makes cheap.
+// Two vectors of adjacent elements, in whatever order is cheap for the format.
 struct TwoFloats {
   Floats first;
   Floats second;
@@ -133,9 +133,8 @@ GRADCLIP_INLINE TwoFloats load_two(const BFloat16* values) {
   return {reinterpret_cast<Floats>(words << 16), reinterpret_cast<Floats>(words & kUpperHalf)};
 }
 
-// The rounded number in the upper half of each word; what is left in the lower half means nothing.
-// A NaN stays one, as long as its lower half is 0: that of a bfloat16 is, and so is the
-// processor's.
+// The rounded value in the upper half of each word; the lower half is meaningless. A NaN stays NaN
+// if its lower half is 0, as it is for a bfloat16 and for the processor's default NaN.
 GRADCLIP_INLINE Words rounded_to_bfloat16(Floats vector) {
   const Words bits = reinterpret_cast<Words>(vector);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -158,7 +157,7 @@ GRADCLIP_INLINE TwoDoubles widened(Floats floats) {
   return {widen_few(few[0]), widen_few(few[1])};
 }
 
-// Two short loads, where one long load would need a shuffle to be taken apart.
+// Two short loads: splitting one long load would take a shuffle.
 GRADCLIP_INLINE TwoDoubles load_widened(const float* values) {
   const StoredFewFloats* few = reinterpret_cast<const StoredFewFloats*>(values);
   return {widen_few(few[0]), widen_few(few[1])};

@@ -6,8 +6,8 @@
 
 namespace gradclip::cuda {
 
-// Sum of what threads found, with what rounding took from it (Knuth's TwoSum), so that the order of
-// additions does not show. Trivial, because shared memory holds it.
+// A compensated sum: the sum and its rounding error (Knuth's TwoSum), so that the order of
+// additions does not matter. Trivial, because it is kept in shared memory.
 template <Norm kNorm>
 struct Accumulator {
   double sum;
@@ -31,11 +31,12 @@ struct Accumulator {
     return {shuffle_down(sum, offset), shuffle_down(lost, offset)};
   }
 
-  // Once the sum is not finite, `lost` holds inf - inf and means nothing.
+  // If the sum is not finite, `lost` is inf - inf and meaningless.
   __device__ __forceinline__ double value() const { return isfinite(sum) ? sum + lost : sum; }
 };
 
-// The largest magnitude, by its bits: as unsigned integers NaN > inf > finite, without any test.
+// The largest magnitude, compared by its bits: as unsigned integers NaN > inf > finite, so NaN
+// needs no test.
 template <>
 struct Accumulator<Norm::kInf> {
   uint64_t bits;

@@ -66,7 +66,7 @@ __device__ __forceinline__ void with_dtype(char* data, int64_t numel, DType dtyp
   }
 }
 
-// A thread's share of the worker's sum and, where asked for, of the current tensor's.
+// A thread's share of the worker's sum and, with kPerTensor, of the current tensor's.
 template <Norm kNorm, bool kPerTensor>
 struct Sums {
   Accumulator<kNorm> total;
@@ -97,7 +97,7 @@ __device__ __forceinline__ double measured_worker(const AnyTable& table, int wor
         const int64_t slot =
             slot_of(table.first_tensor + tensor, int64_t{table.first_worker} + worker);
         slots[slot] = of_tensor;
-        // The worker and the tensor begin on the same tile: both numbers advanced at once.
+        // Worker and tensor begin on the same tile, so tensor + worker skipped a slot.
         if (slot > 0 && table.first_worker + worker > 0 &&
             table.first_tile[tensor] == tiles.begin) {
           slots[slot - 1] = 0.0;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void leave_partial(const AnyTable& table, int worker,
   if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
 }
 
-// With a table that holds parameters, after a multiple of each was added to its gradient.
+// If the table holds parameters, a multiple of each is added to its gradient first.
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
 __device__ __forceinline__ void power_sums_body(const AnyTable& table, Precision precision,
                                                 double* partials, double* slots) {
@@ -179,14 +179,14 @@ __device__ __forceinline__ void write_norm(double norm, DType dtype, void* resul
   });
 }
 
-// A number on the GPU that is negative makes NaN: nobody could be told without waiting.
+// A negative number becomes NaN: raising an error would take a device sync.
 __device__ __forceinline__ double max_norm_of(const Scalar& scalar) {
   const double max_norm = value_of(scalar);
   return max_norm >= 0.0 ? max_norm : static_cast<double>(NAN);
 }
 
-// From a norm that the first thread knows, the coefficient in every thread. The first block leaves
-// the norm where it was asked for.
+// Turns the norm, known to the first thread, into the coefficient in every thread. The first block
+// stores the norm if that is requested.
 __device__ __forceinline__ double shared_coefficient(const Clip& clip, double norm) {
   __shared__ double coefficient;
   if (threadIdx.x == 0) {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void scale_segment(char* data, int64_t numel, DType d
   });
 }
 
-// Multiplies the worker's tiles, from the back, so that what was measured last, and is still in the
+// Multiplies the worker's tiles back to front, so that what was measured last, and is still in the
 // L2 cache, is written first. A coefficient of exactly 1 writes nothing; NaN has to be written.
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void scale_worker(const AnyTable& table, int worker,
@@ -241,8 +241,8 @@ __device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& cl
   scale_worker<kThreads>(table, worker_from_the_back(table), shared_coefficient(clip, norm));
 }
 
-// Each tensor by a coefficient of its own, of which 1 writes nothing and 0 clears, also what is not
-// finite.
+// Multiplies each tensor by its own coefficient: 1 writes nothing, 0 clears, including NaN and
+// infinity.
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void scale_each_body(const AnyTable& table, const double* coefficients) {
   const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
@@ -263,7 +263,7 @@ __device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) 
   });
 }
 
-// All of a small list in one block and one launch: norm, barrier, scale.
+// A whole small list in one block and one launch: norm, barrier, scale.
 template <Norm kNorm, int kThreads, class AnyTable>
 __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Precision precision,
                                                        const Clip& clip) {
@@ -273,7 +273,7 @@ __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Pr
   scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
 }
 
-// For a call that only measures: the power sum, or the norm in the dtype of the result, or both.
+// For a call that only measures: stores the power sum, the norm in the result's dtype, or both.
 template <int kThreads>
 __device__ __forceinline__ void finish_body(Norm kind, const double* partials, int count,
                                             double* power_sum, DType norm_dtype,

@@ -1,4 +1,4 @@
-// How a scaling kernel comes to its coefficient.
+// What a scaling kernel derives its coefficient from.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,24 @@
 
 namespace gradclip::cuda {
 
-// A number that the host knows, or one that lies on the GPU and that the host does not wait for.
+// A number known on the host, or one in GPU memory, read without a device sync.
 struct Scalar {
   double value;
-  // Null where `value` holds.
+  // Null if `value` is the number.
   const void* pointer;
   DType dtype;
 };
 
 struct Clip {
-  // Power sums of `count` workers; null where the norm is given.
+  // Power sums of `count` workers; null if the norm is given.
   const double* partials;
   int32_t count;
   Norm kind;
   Scalar given_norm;
-  // Whether the given norm is no norm, but the coefficient itself; max_norm is then ignored.
+  // Whether given_norm is in fact the coefficient; max_norm is then ignored.
   bool is_coefficient;
   Scalar max_norm;
-  // Where the first block leaves the norm, in this dtype; may be null.
+  // Where the first block stores the norm, in this dtype; may be null.
   void* norm_result;
   DType norm_dtype;
 };

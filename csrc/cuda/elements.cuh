@@ -1,5 +1,5 @@
-// How 16 bytes of memory become numbers and numbers 16 bytes, for each dtype. All memory is read
-// and written 16 bytes a thread, whatever the dtype.
+// Conversion between 16 bytes of memory and arithmetic values, for each dtype. Every load and store
+// of a thread is 16 bytes wide, whatever the dtype.
 #pragma once
 
 #include "core/span.h"
@@ -7,8 +7,8 @@
 
 namespace gradclip::cuda {
 
-// kCount values of type Value make 16 bytes. `get` and `put` are for single elements, of which
-// there are at most a few at both ends of a tensor that is not aligned.
+// kCount values of type Value make 16 bytes. `get` and `put` are for single elements:
+// the few at both ends of a tensor that is not aligned.
 template <DType kDType>
 struct Elements;
 
@@ -66,7 +66,7 @@ struct Elements<DType::kFloat64> {
   }
 };
 
-// What both 16-bit formats share; Pairs says how two of them lie in a word.
+// What both 16-bit formats share; Pairs packs two of them into a word.
 template <class Pairs>
 struct SixteenBitElements {
   using Value = float;

@@ -8,17 +8,17 @@
 namespace gradclip::cuda {
 
 inline constexpr int kThreads = 256;
-// What the compiler chooses registers for: 40. Left alone it aims at 8 blocks and 32 registers, and
-// asks for the fourth vector of a run only when the first is used up.
+// What the compiler allocates registers for: 40 per thread. Left alone it aims at 8 blocks and 32
+// registers, and issues the fourth load of a run only once the first is consumed.
 inline constexpr int kResidentBlocks = 6;
-// With parameters to be read as well it would spill for 12.0 otherwise.
+// Reading parameters as well takes more registers: with 6 blocks it would spill on sm_120.
 template <class AnyTable>
 inline constexpr int kResident = AnyTable::kDecays ? 4 : kResidentBlocks;
-// More, where one block is all there is.
+// More threads if there is only one block.
 inline constexpr int kThreadsOfOneBlock = 512;
 
-// Tables are taken by reference from here on, and are never copied or captured: that would move
-// them from the constant bank to the stack.
+// From here on tables are passed by reference and never copied or captured by value: that would
+// move them from the constant bank to the stack.
 
 template <Norm kNorm, bool kPerTensor, class AnyTable>
 __global__ void __launch_bounds__(kThreads, kResident<AnyTable>)

@@ -8,16 +8,16 @@
 namespace gradclip::cuda {
 namespace {
 
-// Ranges of tiles, and so blocks, for each multiprocessor: as many as stay resident. A bet, until
-// it is compared on a GPU.
+// Workers, and so blocks, per multiprocessor: as many as stay resident. An estimate, not yet
+// measured on a GPU.
 constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
 
-// What is asked once for each device.
+// Queried once per device.
 struct DeviceProperties {
   int multiprocessors = 0;
   int largest_table = kMediumTable;
-  // Whether the loaded code waits for the kernel before it, so that it may be started early. Not
-  // whether the device could: code that the driver compiles from older PTX has no wait.
+  // Whether the loaded code waits for the previous kernel, so that it may be launched early. Not
+  // whether the device could: what the driver compiles from older PTX has no wait.
   bool can_start_early = false;
 };
 
@@ -142,7 +142,7 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
   bool first = true;
   return for_tables(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
-    // The second of several follows a kernel that writes, so it waits as usual.
+    // The second of several follows a kernel that writes the same list, so it starts as usual.
     const bool start_early = early && first && properties.can_start_early;
     first = false;
     return launch_kernel(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early,

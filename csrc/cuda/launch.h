@@ -1,7 +1,6 @@
-// The CUDA engine as the binding sees it: operations on the flat index of one device's gradients,
-// queued on a stream. Nothing here waits for the GPU, allocates or keeps anything between calls but
-// facts about the devices. Every function returns what the runtime says of its launches, and works
-// on the current device.
+// The launches of the CUDA kernels, on the flat index of one device's tensors. Nothing here
+// synchronizes, allocates or keeps anything between calls, except the properties of the devices.
+// Every function works on the current device and returns the CUDA runtime's error code.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,29 +15,29 @@
 
 namespace gradclip::cuda {
 
-// A plan for the current device; see Plan. cudaErrorNotSupported where there is a decay and tables
-// as large as that takes cannot be passed.
+// A plan for the current device; see Plan. cudaErrorNotSupported if there is a decay and the device
+// does not take kernel parameters as large as its tables.
 cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan);
 
-// The compute capabilities times a hundred that there is code for, as in "800,900" for 8.0 and 9.0.
+// The compute capabilities there is code for, times a hundred: "800,900" for 8.0 and 9.0.
 const char* built_architectures();
 
 // Writes the power sum of each worker; with `slots`, also that of each (tensor, worker) pair. A
-// plan that decays needs slots; the gradients are changed before they are measured, and each
-// parameter has to be where its gradient is, relative to 16 bytes.
+// plan that decays needs slots; it changes the gradients before it measures them, and each
+// parameter must have its gradient's offset from a 16-byte boundary.
 cudaError_t power_sums(const Plan& plan, Norm kind, Precision precision, double* partials,
                        double* slots, cudaStream_t stream);
 
-// From partials of any number of plans, side by side, to one power sum or one norm.
+// Reduces the partials of one or more plans to a power sum, a norm, or both.
 cudaError_t finish(Norm kind, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream);
 
-// From slots to the norm of each tensor.
+// Reduces slots to the norm of each tensor.
 cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, double* norms,
                          cudaStream_t stream);
 
-// Multiplies by the coefficient that `clip` describes. With `early` the kernel may be started while
-// the one before it, which has to be a power_sums of this call, is still running.
+// Multiplies by the coefficient that `clip` describes. With `early` the kernel may start while the
+// previous one, which has to be a power_sums of this call, is still running.
 cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t stream);
 
 // Multiplies each tensor by a coefficient of its own; one of 0 clears NaN and infinity, too.

@@ -5,8 +5,8 @@
 namespace gradclip::cuda {
 namespace {
 
-// Below this a second launch costs more than what more blocks gain. A bet, until it is compared on
-// a GPU.
+// Below this, a second launch costs more than more blocks gain. An estimate, not yet measured on a
+// GPU.
 constexpr int64_t kOneBlockBytes = 512 * 1024;
 
 }  // namespace

@@ -12,7 +12,7 @@
 
 namespace gradclip::cuda {
 
-// What a single launch takes: a range of tensors, and the workers that share their tiles.
+// What one launch covers: a range of tensors, and the workers that share their tiles.
 struct Part {
   Range tensors;
   int64_t tiles;
@@ -26,19 +26,19 @@ class Plan {
  public:
   Plan() = default;
 
-  // Of at most `capacity` tensors and `most_workers` workers for each launch. `index` and `decay`,
+  // With at most `capacity` tensors and `most_workers` workers per launch. `index` and `decay`,
   // which may be null, have to outlive the plan.
   Plan(const FlatIndex& index, const Decay* decay, int64_t capacity, int64_t most_workers);
 
   const std::vector<Part>& parts() const { return parts_; }
   bool decays() const { return decay_ != nullptr; }
 
-  // How many doubles the measuring launches write: one for each worker; and where the norm of each
-  // tensor is asked for, one for each slot.
+  // How many doubles the measuring launches write: one per worker, and one per slot if the norm of
+  // each tensor is requested.
   int64_t partials() const { return partials_; }
   int64_t slots() const { return slot_count(index_->tensors(), partials_); }
 
-  // What lies behind the last tensor of a table is not written, and never read.
+  // Entries after the last tensor are neither written nor ever read.
   template <int kCapacity>
   void fill(const Part& part, Table<kCapacity>* table) const {
     table->tensors = static_cast<int32_t>(part.count());
@@ -75,7 +75,7 @@ class Plan {
 
 template <class AnyTable, class Work>
 auto with_table(const Plan& plan, const Part& part, const Work& work) {
-  // Not initialized: clearing a large one would take as long as the launch.
+  // Not initialized: zeroing a large table would take as long as the launch.
   AnyTable table;
   plan.fill(part, &table);
   return work(static_cast<const AnyTable&>(table));

@@ -1,6 +1,5 @@
-// Everything in which CUDA, HIP and the tests' emulation on the CPU differ. Kernel bodies use these
-// names and the ones that CUDA and HIP share, and no others: no inline assembly stands anywhere
-// else.
+// Everything in which CUDA, HIP and the tests' emulation on the CPU differ. Kernel bodies use only
+// these names and those that CUDA and HIP share.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +17,7 @@
 #include <cuda_runtime.h>
 #endif
 
-// A parameter of a kernel that is large and only read. By value, but never copied to the stack.
+// A large, read-only kernel parameter: by value, but never copied to the stack.
 #if defined(GRADCLIP_EMULATION)
 #define GRADCLIP_GRID_CONSTANT(Type) const Type&
 #elif defined(__HIPCC__)
@@ -37,7 +36,7 @@ inline constexpr int kWarpThreads = 32;
 
 #if !defined(GRADCLIP_EMULATION)
 
-// The value of the thread `offset` further on in the same warp. All threads have to take part.
+// The value of the thread `offset` lanes further on in the warp. All threads have to take part.
 template <class Value>
 __device__ __forceinline__ Value shuffle_down(Value value, int offset) {
 #if defined(__HIPCC__)
@@ -47,8 +46,8 @@ __device__ __forceinline__ Value shuffle_down(Value value, int offset) {
 #endif
 }
 
-// Past the L1 cache, which may hold what lay there before another kernel wrote. Not __ldg: the
-// compiler may move that above the wait.
+// Bypasses the L1 cache, which may hold stale data from before another kernel wrote. Not __ldg: the
+// compiler may hoist that above the wait.
 __device__ __forceinline__ double load_result(const double* pointer) {
 #if defined(__HIPCC__)
   return __builtin_nontemporal_load(pointer);
@@ -57,8 +56,8 @@ __device__ __forceinline__ double load_result(const double* pointer) {
 #endif
 }
 
-// Returns once the kernel before this one in the stream has ended and what it wrote can be seen;
-// at once where the launch did not ask for an early start.
+// Returns once the previous kernel in the stream has ended and its writes are visible; immediately
+// if the launch did not ask for an early start.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -86,8 +85,8 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float first, float second) {
   return word;
 }
 
-// Queues a kernel on a stream of the current device. With `early` it may start before the kernel in
-// front of it has ended. By address of the arguments, as <<<>>> would copy each table once more.
+// Queues a kernel on a stream of the current device. With `early` it may start before the previous
+// kernel has ended. Takes the arguments by address, since <<<>>> would copy each table once more.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads,
                           cudaStream_t stream, bool early, const Arguments&... arguments) {

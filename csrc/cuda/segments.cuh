@@ -1,19 +1,19 @@
-// What a block does with one segment: a contiguous stretch of one tensor. The aligned body goes 16
-// bytes a thread, several loads in flight before the first is used; the few elements before and
-// behind it, where a tensor is not aligned, go one a thread.
+// What a block does with one segment: a contiguous stretch of one tensor. In the aligned body each
+// thread loads 16 bytes at a time and has several loads in flight before it uses the first; the few
+// elements before and after it, if the tensor is not aligned, take one thread each.
 #pragma once
 
 #include "cuda/accumulators.cuh"
 
 namespace gradclip::cuda {
 
-// Independent loads of a thread.
+// Independent loads in flight per thread.
 inline constexpr int kLoads = 4;
 
 template <DType kDType, int kThreads>
 struct Segment {
   using Format = Elements<kDType>;
-  // Vectors that a block reads at once.
+  // Vectors that a block loads at once.
   static constexpr int kGroup = kLoads * kThreads;
 
   __device__ __forceinline__ Segment(char* start, int64_t elements) : data(start), numel(elements) {
@@ -28,7 +28,7 @@ struct Segment {
     return reinterpret_cast<uint4*>(data + head * Format::kBytes);
   }
 
-  // Calls work(i) for the elements outside of the body, each in a thread of its own.
+  // Calls work(i) for each element outside of the body, one per thread.
   template <class Work>
   __device__ __forceinline__ void for_ends(const Work& work) const {
     const int thread = static_cast<int>(threadIdx.x);
@@ -48,13 +48,13 @@ __device__ __forceinline__ Value map(Value value) {
   return kNorm == Norm::kL2 ? value * value : fabs(value);
 }
 
-// One more number: a single rounding for a square, too.
+// Adds one more value; a square is added with a single rounding, too.
 template <Norm kNorm, class Value>
 __device__ __forceinline__ Value accumulate(Value sum, Value value) {
   return kNorm == Norm::kL2 ? fma(value, value, sum) : sum + fabs(value);
 }
 
-// Half with half, since equal numbers lose nothing when they are doubled.
+// Pairwise by halves: adding equal values only doubles them, which is exact.
 template <int kCount, class Value>
 __device__ __forceinline__ Value folded(Value (&sums)[kCount]) {
 #pragma unroll
@@ -65,8 +65,8 @@ __device__ __forceinline__ Value folded(Value (&sums)[kCount]) {
   return sums[0];
 }
 
-// The sum of a run, the kLoads vectors of one thread, in the numbers' own precision. From a square
-// to the result there are at most kLoads + 3 roundings.
+// The sum of a run, the kLoads vectors of one thread, in the values' own precision. There are at
+// most kLoads + 3 roundings between a square and the result.
 template <Norm kNorm, DType kDType>
 __device__ __forceinline__ double run_sum(const uint4 (&vectors)[kLoads]) {
   using Format = Elements<kDType>;
@@ -115,15 +115,15 @@ __device__ __forceinline__ double run_maximum(const uint4 (&vectors)[kLoads]) {
   }
 }
 
-// Whether a sum in float32 is what float64 would have given. A square may lack what is smaller
-// than the smallest float32, 2^-149: in a sum of at most 32 above 2^-95 that is nothing.
+// Whether a float32 sum is as good as a float64 one. A square may lose what is below the smallest
+// float32, 2^-149, which is negligible in a sum of at most 32 squares above 2^-95.
 template <Norm kNorm>
 __device__ __forceinline__ bool in_range(double sum) {
   return sum <= 3.4028234663852886e38 && (kNorm != Norm::kL2 || sum >= 0x1p-95);
 }
 
-// The same sum in float64. It reads the run again, because values that are kept until it is known
-// whether they are needed take registers from everybody else; unrolled it would do the same.
+// The same sum in float64. It reloads the run: keeping the values until it is known whether they
+// are needed would raise the register pressure of the common path, and so would unrolling.
 template <Norm kNorm, DType kDType, int kThreads>
 __device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_t left) {
   using Format = Elements<kDType>;
@@ -132,7 +132,7 @@ __device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_
   for (int k = 0; k < kLoads; ++k) {
     if (k * kThreads >= left) break;
     const uint4 vector = vectors[k * kThreads];
-    // Gradients that are zero altogether, as of an embedding, are no exception.
+    // A vector of zeros, as in the gradient of an embedding, need not be unpacked.
     if ((vector.x | vector.y | vector.z | vector.w) == 0) continue;
     typename Format::Value values[Format::kCount];
     Format::unpack(vector, values);
@@ -146,7 +146,7 @@ __device__ __forceinline__ double run_sum_in_double(const uint4* vectors, int64_
   return sum;
 }
 
-// One run. `left` is the number of vectors from this thread's first one on.
+// Measures one run. `left` is how many vectors the segment has from this thread's first one on.
 template <Norm kNorm, DType kDType, int kThreads, bool kWhole>
 __device__ __forceinline__ double measured_run(const uint4* vectors, int64_t left,
                                                Precision precision) {
@@ -203,9 +203,9 @@ __device__ __forceinline__ void decay_run(uint4* gradients, const uint4* paramet
   }
 }
 
-// As measure, after a multiple of the parameter was added. Each thread measures what it has written
-// itself, while that is still in the cache. The parameter has to lie as the gradient does, relative
-// to 16 bytes.
+// As measure, after adding a multiple of the parameter. Each thread measures what it has just
+// written itself, which is still in the cache. Gradient and parameter must have the same offset
+// from a 16-byte boundary.
 template <Norm kNorm, DType kDType, int kThreads, class Sums>
 __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads>& segment,
                                                   const char* parameter, double factor,
@@ -235,7 +235,7 @@ __device__ __forceinline__ void decay_and_measure(const Segment<kDType, kThreads
   }
 }
 
-// Multiplies by a coefficient that was rounded to the numbers' own precision.
+// Multiplies by the coefficient, rounded to the values' own precision.
 struct Scale {
   float factor;
   double wide_factor;
@@ -250,7 +250,7 @@ struct Clear {
   }
 };
 
-// Limits to [-bound, bound]. No comparison holds for NaN, which is kept.
+// Clamps to [-bound, bound]. Comparisons with NaN are false, so NaN is kept.
 struct Clamp {
   float bound;
   double wide_bound;
@@ -301,7 +301,7 @@ __device__ __forceinline__ void apply(const Segment<kDType, kThreads>& segment,
   }
 }
 
-// For a coefficient that would lose bits, or vanish, in float32. Rare, so it need not be fast.
+// For a coefficient that float32 would round or flush to zero. Rare, so it need not be fast.
 template <DType kDType, int kThreads>
 __device__ __forceinline__ void scale_in_double(const Segment<kDType, kThreads>& segment,
                                                 double coefficient) {

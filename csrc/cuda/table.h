@@ -1,6 +1,5 @@
-// What a kernel is told about its tensors: a table that travels with the launch as a parameter, by
-// value, so that nothing has to be copied to the GPU beforehand and nothing has to outlive the
-// call.
+// What a kernel knows about its tensors: a table that is passed with the launch as a parameter, by
+// value, so that nothing has to be copied to the GPU beforehand or to outlive the call.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,7 @@
 
 namespace gradclip::cuda {
 
-// As a structure of arrays, 20 bytes a tensor.
+// A structure of arrays, 20 bytes per tensor.
 template <int kCapacity>
 struct Table {
   static constexpr bool kDecays = false;
@@ -23,13 +22,13 @@ struct Table {
   int32_t tensors;
   uint32_t tiles;
   int32_t workers;
-  // Of this launch among the workers, and of its first tensor among the tensors, of a list that
-  // takes several launches.
+  // The offset of this launch among all workers and all tensors of a list that takes several
+  // launches.
   int32_t first_worker;
   int32_t first_tensor;
 };
 
-// The same with the parameters whose decay is added to these gradients: 28 bytes a tensor.
+// The same with the parameters whose decay is added to these gradients: 28 bytes per tensor.
 template <int kCapacity>
 struct DecayTable : Table<kCapacity> {
   static constexpr bool kDecays = true;
@@ -52,7 +51,7 @@ GRADCLIP_HOST_DEVICE constexpr DType dtype_of(uint64_t packed) {
   return static_cast<DType>(packed >> kDTypeShift);
 }
 
-// About 1, 4 and 32 KB: the smallest that fits is launched, since every byte is copied on the way.
+// About 1, 4 and 32 KB. A launch takes the smallest that fits, since it copies every byte.
 // A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute capability 7.0
 // on.
 inline constexpr int kSmallTable = 40;

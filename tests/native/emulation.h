@@ -4,10 +4,9 @@
 // threads.
 //
 // A thread of a block is a fiber, a block is a thread of the operating system, so that
-// `static thread_local` is memory shared by a block and by nobody else. Blocks hand on a baton: one
-// runs at a time, and a schedule, not chance, decides which. All blocks of a grid live at once and
-// take turns at their barriers. A warp runs ahead to its next barrier, as if the others stood
-// still.
+// `static thread_local` is the shared memory of a block. Blocks pass a baton: one runs at a time,
+// and a schedule, not chance, decides which. All blocks of a grid exist at once and take turns at
+// their barriers. A warp runs ahead to its next barrier while the others stand still.
 //
 // Whatever cannot happen in a correct kernel ends the program with a message and exit status 1.
 #pragma once
@@ -23,7 +22,7 @@ namespace gradclip::emulation {
 
 constexpr int kWarpThreads = 32;
 
-// What a thread of a kernel asks for; see grid.cpp.
+// What a thread of a kernel calls; see grid.cpp.
 void barrier();
 uint64_t shuffle_down(uint64_t value, int offset);
 void wait_for_previous_kernel();

@@ -25,7 +25,7 @@ void fail(const char* format, ...) {
   va_end(arguments);
   std::printf("\n");
   std::fflush(stdout);
-  // Neither destructors nor joins: fibers and blocks are left where they stand.
+  // No destructors and no joins: fibers and blocks are abandoned.
   std::_Exit(1);
 }
 
@@ -33,7 +33,7 @@ class Block;
 
 namespace {
 
-// What a thread of a block last came to.
+// Where a thread of a block has stopped.
 enum class State { kRunnable, kShuffle, kBarrier, kWait, kEnded };
 
 class Stacks {
@@ -50,14 +50,14 @@ class Stacks {
   static void give(std::unique_ptr<char[]> stack) { unused().push_back(std::move(stack)); }
 
  private:
-  // Only whoever has the baton is here.
+  // Only the holder of the baton gets here.
   static std::vector<std::unique_ptr<char[]>>& unused() {
     static std::vector<std::unique_ptr<char[]>> stacks;
     return stacks;
   }
 };
 
-// A place where execution can be left and entered again. Neither swapcontext, which asks the
+// A point at which execution can be left and resumed. Neither swapcontext, which asks the
 // operating system for the signal mask each time, nor longjmp, for which the address sanitizer
 // does: most of the time would go there.
 struct Place {
@@ -75,8 +75,8 @@ struct Place {
   }
 };
 
-// In functions of its own, since __builtin_longjmp may not stand in the one of __builtin_setjmp,
-// and unknown to the address sanitizer, which is told of the switch by name and has nothing to add.
+// In functions of its own, since __builtin_longjmp must not be in the function of __builtin_setjmp,
+// and hidden from the address sanitizer, which is told about each switch explicitly.
 #define GRADCLIP_SWITCH __attribute__((noinline, no_sanitize_address))
 
 [[noreturn]] GRADCLIP_SWITCH void enter(Place* place) { __builtin_longjmp(place->registers, 1); }
@@ -86,7 +86,7 @@ struct Place {
   fail("setcontext failed");
 }
 
-// Goes to `to`, by `start` for the first time; returns when somebody comes back.
+// Switches to `to`, by `start` the first time; returns once something switches back.
 GRADCLIP_SWITCH void go(Place* from, Place* to, const ucontext_t* start = nullptr) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from->fake_stack, to->bottom, to->size);
@@ -101,7 +101,7 @@ GRADCLIP_SWITCH void go(Place* from, Place* to, const ucontext_t* start = nullpt
 struct Fiber {
   State state = State::kRunnable;
   bool started = false;
-  // Whether what the kernel before this one wrote may be looked at.
+  // Whether what the previous kernel wrote may be read.
   bool has_waited = false;
   // Of a shuffle.
   uint64_t offered = 0;
@@ -135,7 +135,7 @@ class Block {
   bool has_ended() const { return all_are(State::kEnded); }
   bool waits() const { return all_are(State::kWait); }
 
-  // The kernel before this one has ended.
+  // The previous kernel has ended.
   void release() {
     early_ = false;
     for (Fiber& fiber : fibers_) {
@@ -145,7 +145,7 @@ class Block {
 
   void join() { thread_.join(); }
 
-  // What follows is called by the threads of the block.
+  // What follows is called from the threads of the block.
 
   void barrier() { stop(State::kBarrier); }
 
@@ -205,7 +205,7 @@ class Block {
     }
   }
 
-  // Lets each thread of the warp run to where it has to stop. Whether it can go on from there.
+  // Lets each thread of the warp run until it has to stop. Returns whether it can go on from there.
   bool run_warp(int warp) {
     std::vector<int> runnable;
     for (int i = warp * kWarpThreads; i < (warp + 1) * kWarpThreads; ++i) {

@@ -21,7 +21,7 @@ struct Schedule {
   unsigned seed = 0;
 };
 
-// Decides which of those that could run next does.
+// Decides which of those that can run goes next.
 class Chooser {
  public:
   Chooser(Schedule schedule, int salt)
@@ -58,7 +58,7 @@ class Chooser {
 struct Launch {
   int blocks;
   int threads;
-  // Whether the grid may start while the one before it runs.
+  // Whether the grid may start while the previous one runs.
   bool early = false;
 };
 
@@ -69,10 +69,10 @@ class Grid {
   Grid(const Launch& launch, Schedule schedule, std::function<void()> body);
   ~Grid();
 
-  // Of an early launch, while the kernel before it runs: until every thread waits for its end.
+  // For an early launch, while the previous kernel runs: until every thread waits for its end.
   void run_to_wait();
 
-  // Until all threads have ended. The kernel before has ended, too.
+  // Until all threads have ended. The previous kernel has ended by now.
   void run();
 
  private:

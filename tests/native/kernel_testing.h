@@ -133,7 +133,7 @@ class Gradients {
     return read(span.data, span.dtype, i);
   }
 
-  // All memory, with what lies around the tensors.
+  // All memory, including the guards around the tensors.
   std::vector<char> bytes() const {
     std::vector<char> all;
     for (const Memory& memory : memory_) {
@@ -157,7 +157,7 @@ class Gradients {
     return true;
   }
 
-  // From now on whoever writes ends the program.
+  // From now on a write crashes the program.
   void forbid_writing() { protect(PROT_READ); }
   void allow_writing() { protect(PROT_READ | PROT_WRITE); }
 
@@ -191,7 +191,7 @@ int32_t workers_of(const std::vector<SmallTable>& tables);
 void run_power_sums(const std::vector<SmallTable>& tables, Norm kind, Precision precision,
                     Schedule schedule, Results* partials, Results* slots);
 
-// A kernel that reads results has to bear an early start, whether or not it is given one.
+// A kernel that reads results has to tolerate an early start, whether or not it gets one.
 void run_after_wait(int blocks, Schedule schedule, std::function<void()> body);
 
 double run_finish(Norm kind, const Results& partials, int count, DType dtype, void* norm_result,
@@ -255,7 +255,7 @@ bool is_close_norm(double actual, double expected, Precision precision);
 // stored. The product of two float32 is exact in float64.
 double scaled(double value, double coefficient, DType dtype);
 
-// By bits, but for those of NaN.
+// Bitwise, except that any NaN equals any other.
 bool is_same(double first, double second);
 
 bool is_scaled(const Gradients& gradients, const Gradients& before, double coefficient);

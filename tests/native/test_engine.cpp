@@ -30,7 +30,7 @@ void check(bool condition, const char* what, int line) {
 }
 #define CHECK(condition) check(condition, #condition, __LINE__)
 
-// Elements before and after each tensor; odd, so that tensors lie across vector borders.
+// Elements before and after each tensor; odd, so that tensors straddle vector boundaries.
 constexpr int64_t kGuard = 61;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 

@@ -43,8 +43,8 @@ struct Outcome {
   }
 };
 
-// Measures and scales. The scaling kernel starts early: it has come to its wait before the
-// measuring one begins.
+// Measures and scales. The scaling kernel starts early: it has reached its wait before
+// the measuring one begins.
 Outcome clipped(const Case& one, Schedule schedule) {
   const Gradients before(one.list, one.values());
   Gradients gradients(one.list, one.values());
@@ -74,7 +74,7 @@ Outcome clipped(const Case& one, Schedule schedule) {
   run_power_sums(tables, one.kind, one.precision, schedule, &partials, nullptr);
   CHECK(partials == outcome.partials);
 
-  // Not in order on a GPU, where nothing stands between the two; here it lets both be compared.
+  // On a GPU nothing runs between the two; here it allows both to be compared.
   NormResult finished(dtype);
   outcome.power_sum =
       run_finish(one.kind, outcome.partials, workers, dtype, finished.place(), schedule);

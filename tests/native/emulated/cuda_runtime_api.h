@@ -1,6 +1,5 @@
-// What the launchers and the binding ask of CUDA's runtime, answered for the emulation: one device,
-// whose memory is the CPU's, and a stream on which every kernel has ended before the launch
-// returns.
+// The part of the CUDA runtime that launchers and binding call, for the emulation: one device,
+// whose memory is the CPU's, and a stream on which every launch returns after its kernel has ended.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +49,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
 
 namespace gradclip::emulation {
 
-// Says at the end of the program how many there were, if asked to.
+// Prints the number of launches at exit, if requested.
 class LaunchCounter {
  public:
   ~LaunchCounter() {

@@ -1,5 +1,4 @@
-// For the emulation: memory of the CPU, and NaN in all of it, so that nothing passes that was read
-// before it was written.
+// For the emulation: CPU memory filled with NaN, so that a read before the first write shows.
 #pragma once
 
 #include <c10/core/Allocator.h>
