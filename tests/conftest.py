@@ -1,4 +1,4 @@
-"""Runs each suite where its folder says: on CUDA as well, where there is one or -m cuda asks."""
+"""Runs each suite where its folder says: also on CUDA, if there is a GPU or -m cuda asks for it."""
 
 from __future__ import annotations
 

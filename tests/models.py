@@ -1,4 +1,4 @@
-"""A small model with gradients, for the suites of clipper/."""
+"""A small model with gradients, for the suites of clipper/ and norms/."""
 
 from __future__ import annotations
 

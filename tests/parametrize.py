@@ -1,4 +1,4 @@
-"""Parametrisations that suites share, so that one name means the same in all of them."""
+"""Parametrizations that suites share, so that a name means the same in all of them."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ by_foreach = pytest.mark.parametrize(
 )
 by_layout = pytest.mark.parametrize("layout", ref.LAYOUTS)
 by_border_size = pytest.mark.parametrize("size", ref.BORDER_SIZES)
-# With a gradient in the list that only torch's operations can take, the others go that way too.
-by_way = pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+# With a gradient in the list that is not native, the others take the fallback too.
+by_way = pytest.mark.parametrize("mixed", [False, True], ids=["native", "fallback"])

@@ -1,6 +1,6 @@
-"""What the tests compare with: float64 references, tolerances, and ways to make gradients.
+"""What the tests compare with: float64 references, tolerances, and helpers that make gradients.
 
-The reference takes the values as they are stored, widens them to float64 and computes there; it is
+The reference takes the values as stored, widens them to float64 and computes there; it is
 independent of torch.nn.utils, whose results are compared separately.
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 NATIVE_NORM_TYPES = (1.0, 2.0, math.inf)
-# Older releases break the graph in torch.nn.utils' own clipping and cannot trace everything.
+# Older releases break the graph in torch.nn.utils' own clipping too, and cannot trace everything.
 WITHOUT_GRAPH_BREAKS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 
-# Relative error of one scaled element: the norm's own, whose sums are in short chains of float32,
-# counted as one rounding (equal values, the worst case found, come to 1.2); the coefficient rounded
-# once to the compute dtype, one product rounded in the compute dtype, one rounding to the stored
-# dtype. For float64, where the norm is computed in the same precision: its own two units, and a
-# rounding each for adding the epsilon, dividing and multiplying.
+# Relative error of one scaled element: the norm's own, which is summed in short float32 chains and
+# counted as one rounding (equal values, the worst case found, reach 1.2); one rounding of the
+# coefficient to the compute dtype, one of the product there, one to the stored dtype. For float64,
+# where the norm is computed in the same precision: its own two units, and a rounding each for
+# adding the epsilon, dividing and multiplying.
 ELEMENT_TOLERANCE = {
     torch.float32: 3.0 * 2**-24,
     torch.float64: 7.0 * 2**-53,
@@ -32,10 +32,10 @@ ELEMENT_TOLERANCE = {
     torch.complex128: 7.0 * 2**-53,
 }
 
-# How far a norm may be from the float64 one, in units of the last place of its own dtype.
+# How far a norm may be from the float64 one, in units in the last place (ulp) of its own dtype.
 NORM_ULPS = 2.0
 
-# How far torch.nn.utils itself may be from the truth on the small gradients of the tests, relative.
+# Relative error allowed to torch.nn.utils itself on the small gradients of the tests.
 TORCH_TOLERANCE = {
     torch.float32: 1e-5,
     torch.float64: 1e-12,
@@ -94,7 +94,7 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 def assert_norm(norm: Tensor, tensors: Sequence[Tensor], norm_type: float) -> None:
-    """The norm is within NORM_ULPS of the reference, infinite where its dtype cannot hold it."""
+    """The norm is within NORM_ULPS of the reference, or infinite if its dtype cannot hold it."""
     expected = reference_norm(tensors, norm_type)
     found = norm.item()
     if math.isnan(expected):
@@ -129,7 +129,7 @@ def assert_unchanged(tensors: Sequence[Tensor], originals: Sequence[Tensor]) -> 
 
 
 def parameter(gradient: Tensor | None, shape: Sequence[int] = (1,)) -> torch.nn.Parameter:
-    """A parameter that has this very tensor as its gradient."""
+    """A parameter whose gradient is this very tensor."""
     if gradient is None:
         return torch.nn.Parameter(torch.zeros(tuple(shape)))
     result = torch.nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
@@ -173,7 +173,7 @@ def copies(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype).copy_(g) for g in gradients]
 
 
-# Layouts: each takes a contiguous matrix of at least 2 x 2 and gives a tensor of the same values.
+# Layouts: each takes a contiguous matrix of at least 2 x 2 and returns a tensor of the same values.
 # Gaps are filled with 768, which is exact in every dtype.
 
 

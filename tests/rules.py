@@ -1,4 +1,4 @@
-"""The rules that the suites of thresholds/ ask, and the steps that they are fed with."""
+"""The rules that the suites of thresholds/ test, and the steps that they feed to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from gradclip_ext.thresholds import AdaGC, AutoClip, ZClip
 
-# Short warm-ups and windows, so that few steps cross every border.
+# Short warm-ups and windows, so that a few steps cross every boundary.
 RULES = {
     "AutoClip": lambda: AutoClip(percentile=30.0, window=9),
     "AutoClip, one place": lambda: AutoClip(window=1),
@@ -24,7 +24,7 @@ NONFINITE = (math.nan, math.inf)
 
 
 def random_norms(steps, count=3, seed=0):
-    """A row of norms for each step: mostly near 1, falling slowly, with spikes and zeros."""
+    """A row of norms for each step: mostly near 1, slowly decreasing, with spikes and zeros."""
     generator = random.Random(seed)
     rows = []
     for step in range(steps):
@@ -52,7 +52,7 @@ def feed(rule, rows):
 
 
 def with_nonfinite(rows, seed=1):
-    """The rows with non-finite ones in between, and the places of the others."""
+    """The rows with non-finite ones in between, and the indices of the finite ones."""
     generator = random.Random(seed)
     mixed, places = [], []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which suites run where. The folder of a test file decides; no list names single files."""
+"""Which suites run where. The folder of a test file decides; no list names individual files."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 
-# On the CPU, on CUDA, and over the emulated CUDA engine: their tensors name no device, so a default
-# device is all it takes. A file of which only the CPU can be asked says so: pytestmark = cpu_only.
+# On the CPU, on CUDA, and on the emulated CUDA engine: their tensors name no device, so setting a
+# default device is enough. A file that tests the CPU only says so: pytestmark = cpu_only.
 ON_EVERY_DEVICE = {"clipper", "functional", "norms", "textbook", "thresholds"}
 # On every build of the package, once.
 ON_EVERY_BUILD = {"gpu", "package"}
-# About the sources: they say nothing of the build that they run on, or compile csrc by themselves.
+# Of the sources: they do not test the build that they run on, or compile csrc themselves.
 OF_THE_SOURCES = {"bench", "examples", "native"}
 
 FOLDERS = ON_EVERY_DEVICE | ON_EVERY_BUILD | OF_THE_SOURCES
 
 
 def folder_of(file: Path) -> str:
-    """The folder of tests/ that a test file lies in; "" for a file that lies in none."""
+    """The folder of tests/ that a test file is in; "" for a file in none."""
     folders = file.resolve().relative_to(TESTS).parts[:-1]
     return folders[0] if folders else ""
 
 
 def device_suites() -> list[Path]:
-    """The files with tests that run on every device."""
+    """The test files that run on every device."""
     files = (file for folder in ON_EVERY_DEVICE for file in (TESTS / folder).rglob("test_*.py"))
     return sorted(
         file

@@ -1,4 +1,4 @@
-"""The benchmarks in bench/: a quick run of each, and the data that they are made from."""
+"""The benchmarks in bench/: a quick run of each, and the workloads that they measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS_AND_MODULES = sorted((ROOT / "bench").glob("*.py"))
-# Published numbers: tensors, elements, and elements of the largest tensor.
+# Published counts: tensors, elements, and elements of the largest tensor.
 COUNTS = {
     "one_scalar": (1, 1, 1),
     "many_small_10": (10, 80, 8),
@@ -47,13 +47,13 @@ EVERYWHERE = {"torch", "gradclip_ext", "torch foreach=False", "textbook loop"}
 @pytest.fixture(scope="module", autouse=True)
 def bench_on_path() -> Iterator[None]:
     threads = torch.get_num_threads()
-    # Two threads would wait for each other where the machine has other work.
+    # On a busy machine two threads would wait for each other.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        # step.py adds the folder of the demo, which goes with the rest.
+        # step.py adds the folder of the demo, which is removed with the rest.
         patch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
         yield
-        # Names as short as `clip` and `report` must not stay behind for other imports to find.
+        # Module names as short as `clip` and `report` must not stay behind for other imports.
         for path in SCRIPTS_AND_MODULES:
             sys.modules.pop(path.stem, None)
     torch.set_num_threads(threads)
@@ -118,7 +118,7 @@ def test_workloads_have_the_published_counts() -> None:
         for name, w in workloads.items()
     }
     assert counts == COUNTS
-    # From the fewest to the most elements.
+    # In ascending order of elements.
     elements = [w.elements for w in workloads.values()]
     assert elements == sorted(elements)
 

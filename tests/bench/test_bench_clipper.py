@@ -1,4 +1,4 @@
-"""The benchmark of GradClipper in bench/: a quick run, and that it notices wrong results."""
+"""The benchmark of GradClipper in bench/: a quick run, and that it detects wrong results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
 @pytest.fixture(scope="module")
 def clipper() -> Iterator[ModuleType]:
     threads = torch.get_num_threads()
-    # Two threads would wait for each other where the machine has other work.
+    # On a busy machine two threads would wait for each other.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
         yield importlib.import_module("clipper")
-        # Names as short as `report` must not stay behind for other imports to find.
+        # Module names as short as `report` must not stay behind for other imports.
         for path in (ROOT / "bench").glob("*.py"):
             sys.modules.pop(path.stem, None)
     torch.set_num_threads(threads)
@@ -124,7 +124,7 @@ def test_a_wrong_result_of_ours_stops_the_run(clipper: ModuleType, model: Any) -
         case = clipper.Case({**right, OURS: wrong})
         with pytest.raises(SystemExit, match="gradclip_ext is wrong"):
             clipper.checked(case, "clip", model)
-        # Of another way it is only noted.
+        # In another implementation it is only recorded.
         case = clipper.Case({**right, "torch foreach": wrong})
         errors = clipper.checked(case, "clip", model)
         assert errors["torch foreach"] == pytest.approx(0.001, rel=1e-2)

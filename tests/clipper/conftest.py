@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watching(TorchFunctionMode):
-    """Sees every operation, so that nothing is read on the host and nothing runs natively."""
+    """Observes every operation, so that nothing is read on the host and nothing runs natively."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -15,7 +15,7 @@ class Watching(TorchFunctionMode):
 
 @pytest.fixture(autouse=True, params=["numbers on the host", "numbers in tensors"])
 def whereabouts(request):
-    """Both kinds of numbers, also without a GPU, where they would always be tensors."""
+    """Both kinds of scalars, even without a GPU, on which they would always be tensors."""
     if request.param == "numbers on the host":
         yield
     else:

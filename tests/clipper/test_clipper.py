@@ -1,4 +1,4 @@
-"""The clipper that knows its parameters: steps of every kind, rules, and non-finite norms."""
+"""GradClipper: steps of every kind, rules, and non-finite norms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TestClip:
             assert_gradients(ours, [gradient.double() for gradient in gradients_of(theirs)])
 
     @by_norm_type
-    def test_orders(self, norm_type):
+    def test_norm_types(self, norm_type):
         model = make_model()
         before = copy.deepcopy(gradients_of(model))
         norm = GradClipper(model, 0.5, norm_type=norm_type).clip_()
@@ -88,7 +88,7 @@ class TestClip:
     @by_norm_type
     @pytest.mark.parametrize("dtype", [*ref.NATIVE_DTYPES, torch.complex64], ids=ref.name_of)
     def test_weight_decay_in_one_pass(self, dtype, norm_type):
-        # Around the borders of a run and of a worker, with none and with an empty gradient between.
+        # Around the borders of a run and of a worker, with no and with an empty gradient between.
         shapes = [(300, 700), (5,), (0,), (129, 100), (1,), (90_001,), (17, 3)]
         gradients = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
         values = [ref.random_gradient(shape, dtype, 50 + i) for i, shape in enumerate(shapes)]
@@ -104,12 +104,12 @@ class TestClip:
         assert norm.item() == pytest.approx(ref.reference_norm(after, norm_type), rel=2e-7)
         for found, gradient, value in zip(after, gradients, values, strict=True):
             expected = ref.widened(gradient) + 0.1 * ref.widened(value)
-            # Two roundings of the sum, whose parts may cancel, to the dtype or to float32.
+            # Two roundings of the sum, whose terms may cancel, to the dtype or to float32.
             size = ref.widened(gradient).abs() + 0.1 * ref.widened(value).abs()
             rounding = torch.finfo(dtype).eps
             assert ((ref.widened(found) - expected).abs() <= size * rounding).all()
 
-    def test_weight_decay_where_parameter_and_gradient_lie_differently(self):
+    def test_weight_decay_where_parameter_and_gradient_have_other_strides(self):
         parameter = nn.Parameter(torch.arange(12.0).view(3, 4))
         parameter.grad = torch.ones(4, 3).t()
         other = nn.Parameter(torch.ones(9))
@@ -206,7 +206,7 @@ class TestNonfinite:
         assert flag.tolist() == [0.0]
         assert clipper.found_inf is flag
 
-    def test_flag_makes_a_fused_optimizer_leave_the_parameters(self, bad):
+    def test_flag_makes_a_fused_optimizer_skip_the_step(self, bad):
         model, _ = self.broken(bad)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
         clipper = GradClipper(model, 1.0, nonfinite="skip")

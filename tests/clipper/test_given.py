@@ -1,4 +1,4 @@
-"""What the clipper is given: its arguments, and parameters that change under it."""
+"""What the clipper is given: its arguments, and parameters that change later."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TestNoticesChanges:
         optimizer = torch.optim.SGD([{"params": model.parameters()}], lr=0.1)
         clipper = GradClipper(optimizer, [1.0])
         optimizer.add_param_group({"params": other.parameters()})
-        clipper.clip_()  # one threshold is for all
+        clipper.clip_()  # a single threshold is for all groups
         optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
         clipper = GradClipper(optimizer, [1.0, 2.0, 3.0])
         optimizer.add_param_group({"params": list(other.parameters())})

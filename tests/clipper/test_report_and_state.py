@@ -61,7 +61,7 @@ class TestReportAndState:
         else:
             resumed_model = make_model()
             resumed = GradClipper(resumed_model, rule())
-            # As a checkpoint on a disk.
+            # As in a checkpoint on disk.
             resumed.load_state_dict(pickle.loads(pickle.dumps(clipper.state_dict())))
         for seed in range(5, 9):
             expected = step(clipper, model, seed)

@@ -1,4 +1,4 @@
-"""The demo in examples/: a short run of it, and what it says when something goes wrong."""
+"""The demo in examples/: a short run, and what it reports when something goes wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("tqdm")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["no clipping", "torch.nn.utils", "gradclip_ext"]
 STEPS = 30
-# So small a theta that nearly every step is clipped.
+# So small that nearly every step is clipped.
 MAX_NORM = 0.1
 SMALL = ["--steps", str(STEPS), "--hidden", "48", "--characters", "1500"]
 SMALL += ["--max-norm", str(MAX_NORM)]
@@ -32,7 +32,7 @@ SMALL += ["--max-norm", str(MAX_NORM)]
 def char_rnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    # Two threads would wait for each other where the machine has other work.
+    # On a busy machine two threads would wait for each other.
     torch.set_num_threads(1)
     yield importlib.import_module("char_rnn")
     torch.set_num_threads(threads)
@@ -73,10 +73,10 @@ def test_short_run_measures_three_comparable_runs(short_run: tuple[int, str, Pat
         mean_loss = sum(run["losses"]) / STEPS
         assert run["final_perplexity"] == pytest.approx(math.exp(mean_loss))
         assert run["largest_gradient_norm"] == max(run["gradient_norms"])
-        # Hardly any initial preference for a character: the loss of guessing.
+        # Almost no initial preference for any character: the loss of guessing.
         assert run["losses"][0] == pytest.approx(math.log(27), abs=0.01)
         assert run["losses"][-1] < 3.2
-        # The same start for all.
+        # All runs start the same.
         assert run["losses"][0] == unclipped["losses"][0]
         assert run["gradient_norms"][0] == pytest.approx(unclipped["gradient_norms"][0])
     assert extension["losses"] == pytest.approx(reference["losses"], rel=1e-4)
@@ -147,7 +147,7 @@ def test_run_stops_where_the_loss_is_not_finite(
     assert len(ruined.losses) == 2
     assert ruined.blow_up_step(loss_limit=100.0) == 2
 
-    # The stopped run is reported beside two complete ones, in every form.
+    # The stopped run is reported next to two complete ones, in every form.
     others = [
         char_rnn.train(name, gradclip_ext.clip_grad_norm_, text, options) for name in NAMES[1:]
     ]

@@ -1,4 +1,4 @@
-"""The example that draws the gradient norms of every layer: a short run of it."""
+"""The example that plots the gradient norms of every layer: a short run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def watch_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    # Two threads would wait for each other where the machine has other work.
+    # On a busy machine two threads would wait for each other.
     torch.set_num_threads(1)
     yield importlib.import_module("watch_norms")
     torch.set_num_threads(threads)
@@ -50,7 +50,7 @@ def test_run_prints_a_table_and_draws_a_picture(
 def test_unclipped_training_explodes_and_clipped_training_learns(watch_norms: ModuleType) -> None:
     unclipped = train(watch_norms, math.inf, "--steps", "200")
     clipped = train(watch_norms, watch_norms.AutoClip(50.0), "--steps", "200")
-    # The same start and the same batches.
+    # The same initial weights and the same batches.
     assert unclipped.first_loss == clipped.first_loss
     assert unclipped.total_norms[0] == clipped.total_norms[0]
     assert unclipped.broken_steps == clipped.broken_steps != []

@@ -23,7 +23,7 @@ ALL_DTYPES = NATIVE_DTYPES + COMPLEX_DTYPES
 
 
 def check_clip(gradients, max_norm, norm_type=2.0, foreach=None):
-    """Clip, compare norm and every element with the reference; returns the norm."""
+    """Clip and compare the norm and every element with the reference; returns the norm."""
     before = [ref.widened(gradient) for gradient in gradients]
     expected = ref.reference_norm(gradients, norm_type)
     norm = gradclip_ext.clip_grad_norm_(
@@ -131,7 +131,7 @@ def test_quiet_call_leaves_every_bit(dtype, norm_type):
 
 
 def test_quiet_call_does_not_write():
-    # Memory that cannot be written shows a write that leaves the bits as they were.
+    # Read-only memory also exposes a write that leaves the bits unchanged.
     import mmap
 
     import numpy
@@ -171,7 +171,7 @@ def test_non_finite_values_propagate_as_in_torch(value, position, dtype, norm_ty
         assert torch.equal(mine.nan_to_num(1.0), other.nan_to_num(1.0))
 
 
-# Squares that vanish in float32, that nearly do, that overflow when four are added, and at once.
+# Squares that underflow in float32, nearly do, overflow when four are added, and overflow at once.
 MAGNITUDES = [1e-45, 1e-38, 1e-25, 1e-23, 2e-19, 1e-17, 8.8e-16, 9e-16, 1e-10, 1.0, 1e10, 7e18]
 MAGNITUDES += [1.2e19, 2e22, 3e38]
 
@@ -184,7 +184,7 @@ def test_any_finite_magnitude(magnitude, dtype):
     gradients = [gradient.to(dtype) for gradient in gradients]
     before = [ref.widened(gradient) for gradient in gradients]
     expected = ref.reference_norm(before, 2.0)
-    # Below 1e-6 the epsilon leads; a max_norm far below it still clips.
+    # Below 1e-6 the epsilon dominates; a max_norm far below it still clips.
     max_norm = expected / 4
     norm = gradclip_ext.clip_grad_norm_(ref.parameters(gradients), max_norm)
     ref.assert_norm(norm, before, 2.0)
@@ -195,7 +195,7 @@ def test_any_finite_magnitude(magnitude, dtype):
 @by_norm_type
 @pytest.mark.parametrize("small, large", [(0.0, 1e-30), (1e-22, 1e-17), (1e-25, 1.0), (1e-3, 1e19)])
 def test_few_large_values_among_many_small_ones(small, large, norm_type):
-    # Each alone at every place of a step of the kernels, and in a list longer than a tile.
+    # Alone at various places of a kernel's step, and in a list longer than a tile.
     for place in (0, 1, 17, 63, 64, 300, 999):
         gradient = torch.full((1000,), small)
         gradient[place] = large
@@ -216,7 +216,7 @@ def test_norm_beyond_float32_still_scales_right():
 
 @pytest.mark.parametrize("step", [1, 2], ids=["native", "strided view"])
 def test_coefficient_below_float32_multiplies_in_double(step):
-    # 1e-6 / 6e38 vanishes in float32; what it makes of 3e38 does not.
+    # 1e-6 / 6e38 underflows in float32; its product with 3e38 does not.
     gradient = torch.full((4 * step,), 3e38)[::step]
     gradclip_ext.clip_grad_norm_(ref.Holder(gradient), 1e-6)
     assert gradient.tolist() == pytest.approx([5e-7] * 4, rel=1e-6)
@@ -239,7 +239,7 @@ def test_float16_norm_overflow_returns_inf_and_clips_right():
 @by_norm_type
 @by_native_dtype
 def test_all_equal_values(dtype, norm_type):
-    # Equal values make every rounding error point the same way; random ones hide it.
+    # With equal values all rounding errors have the same sign; random values hide this.
     values = [0.1, 1.0 / 3.0, 1.7, *(ref.random_gradient((20,)).abs() + 0.5).tolist()]
     for size in (1000, 4096, 20_003):
         for value in values:
@@ -340,7 +340,7 @@ def test_single_tensor():
     assert gradclip_ext.get_total_norm(torch.tensor([3.0, 4.0])).item() == 5.0
 
 
-def test_parameters_without_gradient_are_passed_over():
+def test_parameters_without_gradient_are_skipped():
     gradient = torch.tensor([3.0, 4.0])
     given = [ref.parameter(None), ref.parameter(gradient), ref.parameter(None)]
     assert gradclip_ext.clip_grad_norm_(given, 1.0).item() == 5.0
@@ -416,7 +416,7 @@ def test_conjugate_and_negative_views():
 
 
 def test_gpt2_sized_float32_norm():
-    # torch's float32 norm of these is off by about 1e-3 relative.
+    # torch's float32 norm of these has a relative error of about 1e-3.
     shapes = [(50257, 768), (1024, 768), (3072, 768)]
     gradients = [torch.full(shape, 0.001) for shape in shapes]
     numel = sum(gradient.numel() for gradient in gradients)

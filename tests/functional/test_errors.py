@@ -1,4 +1,4 @@
-"""What is said when an argument is wrong, word for word; and that nothing is changed then."""
+"""The error for each wrong argument, word for word; and that nothing is changed then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""clip_grads_with_norm_, clip_grad_value_ and what the four functions have in common."""
+"""clip_grads_with_norm_, clip_grad_value_ and what all four functions share."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TestClipGradValue:
     @by_foreach
     @by_native_dtype
     @by_layout
-    def test_limits_as_torch_does(self, layout, dtype, foreach):
+    def test_clamps_as_torch_does(self, layout, dtype, foreach):
         ours = [LAYOUTS[layout](ref.random_gradient((6, 10), dtype, seed)) for seed in range(2)]
         theirs = ref.copies(ours)
         gradclip_ext.clip_grad_value_(ref.parameters(ours), 0.3, foreach)
@@ -110,7 +110,7 @@ class TestClipGradValue:
         assert torch.equal(ours, theirs)
 
     @by_native_dtype
-    def test_nan_stays_and_infinity_is_limited(self, dtype):
+    def test_nan_stays_and_infinity_is_clamped(self, dtype):
         gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -0.0]).to(dtype)
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0.5)
         assert gradient[0].isnan()
@@ -130,7 +130,7 @@ class TestClipGradValue:
         assert gradient.tolist() == [0.0, 0.0]
 
     def test_bound_beyond_float16(self):
-        # torch refuses a bound that float16 cannot hold.
+        # torch refuses a clip_value that float16 cannot hold.
         gradient = torch.tensor([3.0, -65504.0], dtype=torch.float16)
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), 1e6)
         assert gradient.tolist() == [3.0, -65504.0]
@@ -200,7 +200,7 @@ class TestMaxNorm:
 
 
 class TestSharedMemory:
-    """Each occurrence is scaled, whichever way it takes."""
+    """Each occurrence is scaled, natively and by the fallback."""
 
     @pytest.mark.parametrize("norm_type", [2.0, 3.0], ids=["native order", "torch's order"])
     def test_a_strided_view_twice(self, norm_type):
@@ -239,7 +239,7 @@ class TestNothingIsWrittenWithoutNeed:
         assert sparse._version > version
 
     @pytest.mark.parametrize("max_norm", [1e5, math.inf], ids=["quiet", "measured only"])
-    def test_general_way_counts_versions_as_torch_does(self, max_norm):
+    def test_fallback_bumps_versions_as_torch_does(self, max_norm):
         view = torch.ones(4, 4)[:, ::2]
         version = view._version
         gradclip_ext.clip_grad_norm_([ref.Holder(view)], max_norm)
@@ -248,7 +248,7 @@ class TestNothingIsWrittenWithoutNeed:
 
 class TestSideEffects:
     @pytest.mark.parametrize("max_norm", [1e-3, 1e9], ids=["clip", "quiet"])
-    @pytest.mark.parametrize("strided", [False, True], ids=["native", "general"])
+    @pytest.mark.parametrize("strided", [False, True], ids=["native", "fallback"])
     def test_version_counter(self, max_norm, strided):
         gradient = torch.ones(4, 4)[:, ::2] if strided else torch.ones(4)
         start = gradient._version
@@ -277,7 +277,7 @@ class TestSideEffects:
         gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1e-3)
         assert gradient.is_leaf and gradient.requires_grad
 
-    # Only the GPU knows whether it will write, so on one they are not shared from then on.
+    # Only the GPU knows whether it will write, so there they are not shared afterwards.
     @pytest.mark.cpu_only
     def test_copy_on_write_tensors_stay_shared_until_written(self):
         original = torch.ones(1000)
@@ -305,7 +305,7 @@ class TestSideEffects:
             gradclip_ext.clip_grad_norm_([ref.parameter(ordinary), holder], 0.1)
         assert ordinary.item() == 5.0
 
-    def test_default_device_mode_keeps_the_native_way(self):
+    def test_default_device_mode_stays_native(self):
         gradient = torch.tensor([3.0, 4.0])
         with torch.device("cpu"):
             assert not gradclip_ext._C.observed()
@@ -351,7 +351,7 @@ class TestSideEffects:
             torch.set_flush_denormal(False)
         assert torch.equal(found, expected)
 
-    @pytest.mark.parametrize("strided", [False, True], ids=["native", "general"])
+    @pytest.mark.parametrize("strided", [False, True], ids=["native", "fallback"])
     @pytest.mark.parametrize("name", FUNCTIONS)
     def test_profiler_shows_one_range(self, name, strided):
         arguments = {
@@ -410,7 +410,7 @@ def test_every_16_bit_nan_and_infinity_stays_one(dtype):
 @by_16_bit_dtype
 @pytest.mark.parametrize("bits", [0x7FF8000000000000, -1, 0x7FFFFFFFFFFFFFFF, 0x7FF80000E0000000])
 def test_any_nan_as_norm_makes_nan(bits, dtype):
-    # Whatever the payload: a rounding to bfloat16 that carried out of it would make a number.
+    # For any NaN payload: rounding to bfloat16 must not carry out of it and give a number.
     nan = torch.tensor([bits], dtype=torch.int64).view(torch.float64)
     gradient = torch.arange(-50, 50).to(dtype)
     gradclip_ext.clip_grads_with_norm_(ref.parameter(gradient), 1.0, nan)

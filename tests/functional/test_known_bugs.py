@@ -1,4 +1,4 @@
-"""Bugs of other multi-tensor implementations, each of them asked of this one."""
+"""Bugs of other multi-tensor implementations, each tested on this one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_more_elements_than_a_32_bit_integer_counts():
     gradient = torch.zeros(1, dtype=torch.bfloat16).expand(size)
     with pytest.raises(RuntimeError, match="more than one element"):
         gradclip_ext.clip_grad_norm_(ref.Holder(gradient), 1.0)
-    # Untouched pages of a large allocation cost no memory.
+    # Untouched pages of a large allocation take no memory.
     sparse_memory = torch.zeros(size, dtype=torch.bfloat16)
     sparse_memory[0] = 3.0
     sparse_memory[-1] = 4.0
@@ -101,7 +101,7 @@ def test_duplicates_are_scaled_exactly_twice():
 
 
 def test_partial_norms_are_not_rounded_before_they_are_combined():
-    # Each tensor's norm rounds to 1.0 in bfloat16; together they are 10% more than that.
+    # Each tensor's norm is 1.001, which rounds to 1.0 in bfloat16.
     gradients = [torch.full((100,), 0.1, dtype=torch.bfloat16) for _ in range(50)]
     value = gradients[0][0].item()
     exact = gradclip_ext.get_total_norm(gradients, dtype=torch.float64).item()

@@ -1,4 +1,4 @@
-"""Lists of any length, mixture and overlap: around the borders of blocks, tables and launches."""
+"""Lists of any length, mix and overlap: around the borders of blocks, tables and launches."""
 
 from __future__ import annotations
 

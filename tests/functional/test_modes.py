@@ -32,7 +32,7 @@ def check_clipped(parameters):
 
 
 class Operations(TorchDispatchMode):
-    """Remembers which operations ran."""
+    """Records which operations ran."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ class TestTracing:
 
 
 class Wrapper(torch.Tensor):
-    """A wrapper subclass: it looks like a strided CPU tensor and holds no memory of its own."""
+    """A wrapper subclass: it looks like a strided CPU tensor but has no memory of its own."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -216,7 +216,7 @@ class Wrapper(torch.Tensor):
 
 
 class LoggingSubclass(torch.Tensor):
-    """A plain subclass, as users make them with as_subclass."""
+    """A plain subclass, as users create one with as_subclass."""
 
 
 class OwnGradient(torch.nn.Parameter):
@@ -260,7 +260,7 @@ class TestSubclasses:
         parameter.main_grad = None
         assert gradclip_ext.clip_grad_norm_([parameter], 1.0).item() == 0.0
 
-    def test_an_error_in_a_grad_property_is_the_users(self):
+    def test_an_error_in_a_grad_property_reaches_the_caller(self):
         class Broken(torch.nn.Parameter):
             @property
             def grad(self):
@@ -307,7 +307,7 @@ class TestOtherLayouts:
         assert not _C.is_native(zero)
         assert gradclip_ext.get_total_norm([zero, torch.tensor([2.0])]).item() == 2.0
 
-    def test_complex_half_goes_as_in_torch(self):
+    def test_complex_half_behaves_as_in_torch(self):
         gradient = torch.tensor([3 + 4j], dtype=torch.complex32)
         assert not _C.is_native(gradient)
         try:
@@ -351,7 +351,7 @@ class TestDistributedTensors:
         distributed.destroy_process_group()
 
     @pytest.mark.filterwarnings("ignore")
-    def test_dtensors_go_as_in_torch(self, mesh):
+    def test_dtensors_behave_as_in_torch(self, mesh):
         from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
         def make():
@@ -374,7 +374,7 @@ class TestDistributedTensors:
 
     @pytest.mark.filterwarnings("ignore")
     def test_a_dtensor_beside_a_plain_gradient(self, mesh):
-        # Torch raises: it cannot mix the two.
+        # torch raises, because it cannot mix the two.
         from torch.distributed.tensor import Shard, distribute_tensor
 
         weight = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))

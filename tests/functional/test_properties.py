@@ -1,4 +1,4 @@
-"""Any list of shapes, dtypes and layouts: hypothesis looks for one that goes wrong."""
+"""Any list of shapes, dtypes and layouts: hypothesis searches for one that fails."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def run(code: str) -> str:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_uses_as_many_threads_as_torch_is_told(threads):
-    # In a process of its own, whose thread pool nothing has filled yet.
+    # In a separate process, whose thread pool is still empty.
     started = run(f"""
 import os, torch, gradclip_ext
 torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def test_other_python_threads_run_during_the_kernels():
     try:
         start = count
         gradclip_ext.get_total_norm([gradient])
-        # With the GIL held throughout, the thread could move once before and once after.
+        # If the GIL were held throughout, the thread could advance once before and once after.
         moved = count - start
     finally:
         stop.set()
@@ -130,8 +130,8 @@ def test_other_python_threads_run_during_the_kernels():
 
 
 def test_tensors_dropped_while_they_are_measured():
-    # Replacing .grad itself from another thread crashes torch 2.13, also without this package:
-    # it releases the GIL while it lets go of the old gradient. So the list is what changes here.
+    # Replacing .grad itself from another thread crashes torch 2.13 even without this package, since
+    # torch releases the GIL while it frees the old gradient. So here the list changes instead.
     def make():
         return [torch.ones(500_000) for _ in range(8)]
 

@@ -1,7 +1,7 @@
 """What only a GPU can show: streams, graphs, launches, memory, several devices, very large tensors.
 
-The suites that suites.ON_EVERY_DEVICE names run on CUDA besides. None of this has passed before it
-has run on a GPU: the kernels' emulation on the CPU (test_cuda_kernels.py) is no substitute.
+The suites in suites.ON_EVERY_DEVICE also run on CUDA. None of this counts as passed until it has
+run on a GPU: the emulation of the kernels on the CPU (test_cuda_kernels.py) is no substitute.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_launches(shapes, launches, max_norm):
 
 
 def test_on_a_stream_of_its_own():
-    # The gradients come late on the side stream; a call on another stream would not see them.
+    # The gradients arrive late on the side stream; a call on another stream would not see them.
     stream = torch.cuda.Stream()
     gradient = torch.zeros(1_000_000, device="cuda")
     torch.cuda.synchronize()
@@ -91,7 +91,7 @@ def test_on_a_stream_of_its_own():
 
 @pytest.mark.parametrize("size", [1000, 1_000_000], ids=["one block", "many blocks"])
 def test_graph_replays_with_new_gradients(size):
-    # Capturing forbids every wait for the GPU, so this also proves that there is none.
+    # Graph capture forbids a device sync, so this also proves that there is none.
     gradient = torch.ones(size, device="cuda")
     max_norm = torch.tensor(1.0, device="cuda")
     parameters = ref.parameters([gradient])
@@ -136,7 +136,7 @@ def test_the_others_can_be_captured(name):
         assert gradient[123].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_memory_does_not_grow_and_no_parameter_costs_any():
+def test_memory_does_not_grow_with_steps_or_parameters():
     parameters = ref.parameters(gradients_of([(2000,)] * 1000))
     gradclip_ext.clip_grad_norm_(parameters, 1.0)
     torch.cuda.synchronize()
@@ -146,7 +146,7 @@ def test_memory_does_not_grow_and_no_parameter_costs_any():
         gradclip_ext.clip_grad_norm_(parameters, 1.0)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
-    # One number, and one double for each worker.
+    # The result, and one double for each worker.
     assert torch.cuda.max_memory_allocated() - before < 64 * 1024
 
 

@@ -1,4 +1,4 @@
-"""Norms of single gradients."""
+"""Norms of individual gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestGradNorms:
         assert total.dtype == norms.dtype == torch.float64
         assert norms.shape == (7,)
         assert names[6] == "parameters[6]"
-        # The same pass, the same bits as without the norms of the parts.
+        # The same bits as in a pass without the norms of the parts.
         expected = gradclip_ext.get_total_norm(
             filled, norm_type, dtype=None if dtype == torch.float64 else torch.float32
         )

@@ -1,4 +1,4 @@
-"""The texts that a user reads when gradclip_ext and the installed torch do not fit."""
+"""The messages that a user reads when gradclip_ext does not match the installed torch."""
 
 import importlib
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_not_built(present):
     )
 
 
-def test_extension_is_lost():
+def test_extension_is_missing():
     assert problem(has_extension=False) == text(
         "no compiled gradclip_ext._C for this interpreter",
         "one beside gradclip_ext/_built_with.py",
@@ -157,7 +157,7 @@ def test_facts_are_those_of_the_installed_torch():
     assert facts.cxx11_abi is torch.compiled_with_cxx11_abi()
 
 
-def test_facts_of_the_build_are_those_written_down():
+def test_facts_of_the_build_are_those_recorded():
     from gradclip_ext import _built_with
 
     assert _build_check.built_with() == BuildFacts(

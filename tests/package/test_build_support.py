@@ -1,4 +1,4 @@
-"""Which engines setup.py builds, with which toolkit and for which cards; toolkits are made up."""
+"""Which engines setup.py builds, with which toolkit and for which GPUs; the toolkits are fakes."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ def write_program(path, text):
 
 
 def write_toolkit(home, version="13.0", headers="include", codes=CODES):
-    """Writes a folder that answers as a CUDA toolkit does."""
+    """Writes a folder that behaves like a CUDA toolkit."""
     write_program(
         home / "bin" / "nvcc",
         'case "$1" in\n'
@@ -54,9 +54,9 @@ def torch_with(cuda, flags="sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"):
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """A machine without a toolkit, on which what programs need is on PATH."""
+    """A machine without a toolkit and with an empty PATH."""
     for name in ("CUDA_HOME", "CUDA_PATH", "GRADCLIP_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
-        # Set first, so that what a test lets the code set is taken back as well.
+        # Set first, so that what the code under test sets is undone as well.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(find_cuda, "DEFAULT_HOME", tmp_path / "none")
@@ -85,7 +85,7 @@ class TestFindToolkit:
         assert line == f"CUDA toolkit 13.0 in {home}"
 
     def test_named_without_headers(self, machine, monkeypatch):
-        """It is not silently replaced by another one."""
+        """It is not silently replaced by another toolkit."""
         home = write_toolkit(machine / "named", headers=None)
         write_toolkit(machine / "guess")
         monkeypatch.setenv("CUDA_HOME", str(home))
@@ -123,9 +123,9 @@ class TestFindToolkit:
         assert found().home == home
 
     def test_wrapper_beside_the_toolkit(self, machine, monkeypatch):
-        """The folder of nvcc, which torch takes for the toolkit, has no headers."""
+        """The folder of nvcc, which torch takes for the toolkit's, has no headers."""
         home = write_toolkit(machine / "prefix" / "cuda")
-        # It answers no question, so nothing but its place tells.
+        # It answers no query, so only its location tells.
         write_program(machine / "prefix" / "bin" / "nvcc", "exit 1")
         monkeypatch.setenv("PATH", str(machine / "prefix" / "bin"))
         assert found(guess=str(machine / "prefix")).home == home
@@ -280,8 +280,8 @@ class TestArchitectures:
         assert str(caught.value).startswith("no architectures to compile for: ")
         assert f"TORCH_CUDA_ARCH_LIST is {asked!r}; set it to what you have" in str(caught.value)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
-    def test_native_without_a_card(self, machine, monkeypatch):
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+    def test_native_without_a_gpu(self, machine, monkeypatch):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
         with pytest.raises(SetupError) as caught:
             self.flags(machine, torch_with("13.0"))
@@ -316,7 +316,7 @@ class TestExtension:
     def test_cuda(self, extension, machine, monkeypatch):
         from torch.utils import cpp_extension
 
-        # Letters that would make torch leave out every architecture.
+        # Contains the letters "arch", which would make torch leave out every architecture.
         toolkit = found(guess=str(write_toolkit(machine / "research")))
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit.home))
         monkeypatch.setenv("MAX_JOBS", "1")

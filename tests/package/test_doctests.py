@@ -1,4 +1,4 @@
-"""Every example in the documentation runs and gives what it says."""
+"""Every example in the documentation runs and gives the output that it shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = next(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# The docstrings of torch's drop-ins are torch's: only what is added to torch has an example.
+# The drop-ins are documented by torch: only what is added to torch has an example.
 WITH_EXAMPLES = (
     "AutoClip",
     "GradClipper",
@@ -71,12 +71,12 @@ def blocks(page: Path) -> list[tuple[str, int, str]]:
 
 
 def run_blocks(page: Path) -> Iterator[dict[str, Any]]:
-    """Runs a page from top to bottom, in one namespace, and yields that after each block."""
+    """Runs a page from top to bottom in one namespace, which it yields after each block."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for kind, line, text in blocks(page):
         if kind == "python":
-            # Empty lines in front, for tracebacks to name the page's own line.
+            # Preceded by empty lines, so that tracebacks name the line of the page.
             exec(compile("\n" * line + text, str(page), "exec"), names)
         else:
             run_session(page, line, text, names)
@@ -88,7 +88,7 @@ def run_session(page: Path, line: int, text: str, names: dict[str, Any]) -> None
     example = doctest.DocTestParser().get_doctest(text, names, page.name, str(page), line)
     assert example.examples
     report = io.StringIO()
-    # DocTest copies the names; what a session defines has to reach the blocks after it.
+    # DocTest copies the names; what a session defines has to reach later blocks.
     example.globs = names
     result = doctest.DocTestRunner(verbose=False).run(example, out=report.write, clear_globs=False)
     assert result.failed == 0, report.getvalue()
@@ -103,7 +103,7 @@ def test_examples_of_page(page):
 
 def test_pages_without_examples():
     silent = [page.name for page in PAGES[1:] if not blocks(page)]
-    # A table of contents, and figures.
+    # A table of contents, and a page of figures.
     assert silent == ["README.md", "performance.md"]
 
 

@@ -1,4 +1,4 @@
-"""Building, installing and importing in other environments, and what the user is told.
+"""Building, installing and importing in other environments, and the messages to the user.
 
 The package is compiled once here, from its sdist; every other test stops before the compiler or
 works on copies of that build.
@@ -22,7 +22,7 @@ setuptools = pytest.importorskip("setuptools")
 
 
 def run(*command, **environment):
-    """Runs `command` with changed environment variables (None removes one), outside of ROOT."""
+    """Runs `command` with changed environment variables (None removes one), outside ROOT."""
     merged = {**os.environ, **environment}
     return subprocess.run(
         [str(part) for part in command],
@@ -34,7 +34,7 @@ def run(*command, **environment):
 
 
 def build(folder, python=sys.executable, **environment):
-    """Runs setup.py's build_ext, with everything that it writes in `folder`."""
+    """Runs setup.py's build_ext, with all its outputs in `folder`."""
     outputs = ["--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     return run(python, "setup.py", "build_ext", *outputs, HERE=ROOT, **environment)
 
@@ -47,7 +47,7 @@ def assert_stops(result, *lines):
 
 
 def write_torch(folder, version=torch.__version__):
-    """Writes a package that has what is read of torch before anything is compiled or loaded."""
+    """Writes a fake torch with what is read before anything is compiled or loaded."""
     package = folder / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
@@ -60,10 +60,10 @@ def write_torch(folder, version=torch.__version__):
 
 @pytest.fixture(scope="module")
 def only_setuptools(tmp_path_factory):
-    """A folder for PYTHONPATH that holds setuptools, as an isolated build environment does."""
+    """A folder for PYTHONPATH with setuptools only, like an isolated build environment."""
     folder = tmp_path_factory.mktemp("only-setuptools")
     site_packages = Path(setuptools.__file__).parent.parent
-    # With its metadata: older ones read their own entry points.
+    # With its metadata: older versions read their own entry points.
     for pattern in ("setuptools", "setuptools-*", "pkg_resources", "_distutils_hack"):
         for part in site_packages.glob(pattern):
             (folder / part.name).symlink_to(part)
@@ -72,7 +72,7 @@ def only_setuptools(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """The interpreter of an environment without any package."""
+    """The interpreter of an environment without any packages."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False, symlinks=True)
     return folder / "bin" / "python"
@@ -157,7 +157,7 @@ class TestBuildMessages:
         )
         assert "Traceback" not in result.stderr
 
-    def test_cuda_choice_that_is_none(self, tmp_path):
+    def test_cuda_choice_is_invalid(self, tmp_path):
         result = build(tmp_path, GRADCLIP_CUDA="yes")
         assert_stops(result, "error: GRADCLIP_CUDA must be 0, 1 or unset, found 'yes'.\n")
         assert "Traceback" not in result.stderr
@@ -215,6 +215,6 @@ class TestInstalled:
         (file,) = (tmp_path / "gradclip_ext").glob(missing)
         file.unlink()
         write_torch(tmp_path)
-        # Without packages, because the finder of an editable install would find the lost file.
+        # Without packages, because the finder of an editable install would find the missing file.
         result = run(bare_python, "-c", "import gradclip_ext", PYTHONPATH=tmp_path)
         assert_stops(result, "  found:    no compiled gradclip_ext._C", "  run:      pip install")

@@ -1,8 +1,8 @@
 """Dependencies point one way.
 
-csrc: binding -> {cpu, cuda} -> core, and heavy headers stay in one place, so the kernels compile in
-seconds, run under sanitizers without torch, and can be bound elsewhere. Python: public modules ->
-_ops -> _C, so that one place knows who does the work.
+csrc: binding -> {cpu, cuda} -> core, and heavy headers stay in one place, so that the kernels
+compile in seconds, run under sanitizers without torch, and can be bound elsewhere. Python: public
+modules -> _ops -> _C, so that one place chooses between the native engine and the fallback.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-# Which folders the files of a folder may include from.
+# The folders that the files of a folder may include from.
 LAYERS = {"core": {"core"}, "cpu": {"cpu", "core"}, "cuda": {"cuda", "core"}}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 OF_TORCH = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h$")
@@ -57,20 +57,20 @@ def test_python_variable_is_included_once():
     assert len([file for file in FILES if header in includes(file)]) == 1
 
 
-# torch's own debugging of synchronization cannot see calls of the runtime, so they are looked for.
+# torch's sync debug mode does not see direct calls of the runtime, so the sources are searched.
 WAITS = re.compile(
     r"\b(cuda|hip)\w*(Synchronize|Memcpy\w*|Memset\w*|Malloc\w*|Free\w*|StreamQuery|EventQuery)\s*\("
 )
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
-def test_nothing_waits_for_the_gpu_or_allocates_behind_torch(file):
+def test_no_device_sync_and_no_allocation_behind_torch(file):
     calls = [match.group(0) for match in WAITS.finditer(file.read_text(encoding="utf-8"))]
-    # In a kernel: waits for the kernel before it, not for the host.
+    # In a kernel: waits for the previous kernel and does not block the host.
     assert [call for call in calls if call != "cudaGridDependencySynchronize("] == []
 
 
-def test_the_host_reads_a_number_of_the_gpu_in_one_place():
+def test_the_host_reads_a_number_from_the_gpu_in_one_place():
     readers = {
         name(file): file.read_text(encoding="utf-8").count(".item(")
         for file in FILES
@@ -79,7 +79,7 @@ def test_the_host_reads_a_number_of_the_gpu_in_one_place():
     assert readers == {"binding/cuda_engine.cpp": 1}
 
 
-# Which parts of the package a part may import; a folder counts as one part, open to itself.
+# The parts of the package that a part may import; a folder is one part, open to itself.
 PARTS = {
     "__init__": {"_native", "_version", "clipper", "functional", "norms", "textbook", "thresholds"},
     "__main__": {"__init__", "_C", "_built_with"},
@@ -118,8 +118,8 @@ def is_module(path: str) -> bool:
 
 
 def imported_modules(file: Path) -> dict[str, str]:
-    """The modules of the package that a file imports, by the name that it gives them, and those
-    that it takes names from."""
+    """The modules of the package that a file imports, by the name it binds them to, and those
+    that it imports names from."""
     modules = {}
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
@@ -149,7 +149,7 @@ def test_python_is_imported_downwards(file):
     assert imported - PARTS[own] - {own} == set()
 
 
-def test_modules_do_not_import_each_other_in_a_circle():
+def test_modules_have_no_import_cycle():
     def node(path: str) -> str:
         is_folder = PACKAGE.joinpath(*path.split(".")).is_dir()
         return f"{path}.__init__" if is_folder else path
@@ -158,7 +158,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
         module_name(file): {node(path) for path in imported_modules(file).values()}
         for file in MODULES
     }
-    # Raises where there is a circle.
+    # Raises if there is a cycle.
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(graph)
 
 

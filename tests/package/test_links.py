@@ -33,7 +33,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What can follow the # in a link to a page, as GitHub derives it from the headings."""
+    """What can follow the # in a link to a page, as GitHub derives it from headings."""
     found: list[str] = []
     for heading in HEADING.findall(prose(page)):
         plain = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -43,7 +43,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def problem(page: Path, link: str) -> str | None:
-    """Returns what is wrong with a link between files, None if it resolves."""
+    """What is wrong with a link between files, or None if it resolves."""
     path, _, anchor = link.partition("#")
     target = (page.parent / path).resolve() if path else page
     if not target.exists():
@@ -60,7 +60,7 @@ def links(page: Path) -> list[str]:
 
 
 def rows_of_tables(page: Path) -> list[list[str]]:
-    """The lines of each table: consecutive lines that begin with a bar."""
+    """The lines of each table: consecutive lines that begin with a vertical bar."""
     tables: list[list[str]] = [[]]
     for line in prose(page).splitlines():
         if ROW.match(line):

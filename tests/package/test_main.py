@@ -94,7 +94,7 @@ def test_coverage(capability, text):
     assert main_module._coverage(capability, codes) == text
 
 
-def test_code_with_a_letter_is_for_no_newer_card():
+def test_code_with_a_letter_does_not_cover_newer_gpus():
     assert "NOT COVERED" in main_module._coverage((9, 1), ("sm_90a", "compute_90a"))
 
 

@@ -1,11 +1,11 @@
-"""Every test file lies in a folder that says where it runs, so that none is left out unnoticed."""
+"""Every test file is in a folder that says where it runs, so that none is silently left out."""
 
 from __future__ import annotations
 
 import suites
 
 
-def test_every_test_file_lies_in_a_known_folder():
+def test_every_test_file_is_in_a_known_folder():
     files = [*suites.TESTS.rglob("test_*.py"), *suites.TESTS.rglob("*_test.py")]
     outside = [
         str(file.relative_to(suites.TESTS))

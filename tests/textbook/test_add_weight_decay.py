@@ -1,4 +1,4 @@
-"""add_weight_decay_ against the formula in the books, and against what torch.optim.SGD does."""
+"""add_weight_decay_ against the formula in textbooks, and against torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights_and_gradients(dtypes=NATIVE_DTYPES + COMPLEX_DTYPES):
     return parameters
 
 
-# Each a gradient and its parameter, where that is not torch.zeros(3).
+# Each a gradient and its parameter, or None for torch.zeros(3).
 BAD_GRADIENTS = {
     "sparse": (
         lambda: (torch.sparse_coo_tensor([[0]], [1.0], (3,)), None),
@@ -94,7 +94,7 @@ class TestAddWeightDecay:
         assert versions == [parameter._version for parameter in parameters]
         assert not any(parameter.grad.requires_grad for parameter in parameters)
 
-    def test_passes_over_what_has_no_gradient(self):
+    def test_skips_parameters_without_gradient(self):
         with_one, without = ref.parameters([torch.tensor([1.0]), None])
         with_one.data.fill_(2.0)
         textbook.add_weight_decay_([without, with_one], 0.5)
@@ -117,7 +117,7 @@ class TestAddWeightDecay:
     @by_layout
     def test_layouts(self, layout):
         gradient = LAYOUTS[layout](ref.random_gradient((6, 10), seed=1))
-        # Not the strides of the gradient, which may be any.
+        # Not with the strides of the gradient, which may have any.
         parameter = torch.nn.Parameter(ref.random_gradient(gradient.shape, seed=2))
         parameter.grad = gradient
         expected = gradient.add(parameter.detach(), alpha=0.1)

@@ -1,4 +1,4 @@
-"""grad_clipping against the formula in the books."""
+"""grad_clipping against the formula in the book."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 class Scratch:
-    """A network as the book makes them from scratch: not a module, its parameters in a list."""
+    """A network as the book writes it from scratch: not a module, its parameters in a list."""
 
     def __init__(self, *gradients):
         self.params = ref.parameters(gradients)
@@ -262,7 +262,7 @@ class TestGradClipping:
         torch.testing.assert_close(gradient, torch.tensor([1.5, 2.0]))
 
     @pytest.mark.cuda
-    def test_on_a_gpu_nobody_waits(self):
+    def test_no_device_sync_on_a_gpu(self):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
         for extra in ([], [torch.ones(4, 4, device="cuda")[:, ::2]]):

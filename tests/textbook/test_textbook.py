@@ -1,4 +1,4 @@
-"""Worked examples a reader can check by hand or against a textbook, and torch's own test cases."""
+"""Worked examples to check by hand or against a textbook, and torch's own test cases."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def weights_and_gradient(shape, dtype=torch.float32, seed=0, scale=0.02):
     parameter.grad = ref.random_gradient(shape, dtype, seed + 100, scale)
     if len(shape) > 1 and shape[0] > 2:
         with torch.no_grad():
-            parameter[1].zero_()  # its gradient meets eps
+            parameter[1].zero_()  # eps bounds its gradient
             parameter.grad[2].mul_(1e-3)  # nothing to clip
     return parameter
 
@@ -72,7 +72,7 @@ class TestAGC:
             ref.assert_scaled(found, original, coefficient)
 
     def test_bfloat16_norms_lose_no_bits(self):
-        # In bfloat16 the sum of squares would stop at 256 ones.
+        # In bfloat16 the sum of squares would stop growing at 256.
         parameter = torch.nn.Parameter(torch.ones(1, 2**16, dtype=torch.bfloat16))
         parameter.grad = torch.ones_like(parameter)
         adaptive_clip_grad_(parameter, clip_factor=0.5)
@@ -87,7 +87,7 @@ class TestAGC:
             for found, original, c in zip(parameter.grad, before, coefficients, strict=True):
                 ref.assert_scaled(found, original, c)
 
-    def test_units_that_are_not_finite_stay_as_they_are(self):
+    def test_units_that_are_not_finite_are_unchanged(self):
         parameter = weights_and_gradient((6, 10))
         parameter.grad[0, 3] = math.nan
         parameter.grad[1, 4] = math.inf

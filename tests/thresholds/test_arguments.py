@@ -1,4 +1,4 @@
-"""Arguments of the rules: what is said when one is wrong, word for word."""
+"""Arguments of the rules: the error for each wrong one, word for word."""
 
 from __future__ import annotations
 

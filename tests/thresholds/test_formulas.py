@@ -1,4 +1,4 @@
-"""Thresholds that adapt: against the papers' formulas, written here as plain loops over floats."""
+"""Adaptive thresholds against the papers' formulas, written here as plain loops over floats."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class TestParametersWithoutGradient:
 
 class TestNonfinite:
     @by_rule
-    def test_leaves_the_statistics_as_they_were(self, make):
+    def test_leaves_the_statistics_unchanged(self, make):
         rows = random_norms(80)
         mixed, places = with_nonfinite(rows)
         assert len(mixed) > len(rows) + 20
@@ -193,7 +193,7 @@ class TestNonfinite:
         assert feed(rule, rows) == feed(fresh, rows)
 
     @pytest.mark.parametrize("value", NONFINITE)
-    def test_limit_is_that_of_the_steps_before(self, value):
+    def test_limit_is_that_of_earlier_steps(self, value):
         bad = [value, 1.0]
         assert feed(AutoClip(50.0), [[3.0, 4.0], bad])[1] == 5.0
         assert feed(AutoClip(50.0, window=1), [[3.0, 4.0], bad, bad])[2] == 5.0

@@ -1,4 +1,4 @@
-"""No rule waits for the device: nothing that it computes with is read on the host."""
+"""No rule needs a device sync: nothing that it computes with is read on the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradclip_ext.thresholds import AGC, adaptive_clip_grad_
 pytestmark = pytest.mark.cpu_only
 
 
-class TestNothingWaitsForTheDevice:
+class TestNoDeviceSync:
     @by_rule
     def test_nothing_is_read_in_python(self, make, monkeypatch):
         rule = make()
@@ -36,8 +36,8 @@ class TestNothingWaitsForTheDevice:
 
     @by_rule
     def test_runs_where_there_are_no_numbers_to_read(self, make):
-        # A fake tensor of a GPU has a device but no values: reading one raises, and so does
-        # bringing it together with a tensor of another device.
+        # A fake tensor on a GPU has a device but no values: reading one raises, and so does
+        # combining it with a tensor on another device.
         rule = make()
         with FakeTensorMode():
             norms = torch.empty(3, dtype=torch.float64, device="cuda")

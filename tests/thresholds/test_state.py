@@ -1,4 +1,4 @@
-"""The state of a rule: it continues with the same bits, and one that does not fit is refused."""
+"""The state of a rule: it resumes with the same bits, and one that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 class TestState:
-    # Before the first step, in and at the end of warm-up, before and after the ring is full.
+    # Before the first step, during and at the end of warm-up, before and after the ring is full.
     @pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 8, 9, 10, 30])
     @by_rule
     def test_continues_with_the_same_bits(self, make, steps, tmp_path):
@@ -25,7 +25,7 @@ class TestState:
         feed(original, rows[:steps])
         torch.save(original.state_dict(), tmp_path / "state.pt")
         loaded = make()
-        feed(loaded, rows[10:17])  # what is loaded replaces all of that
+        feed(loaded, rows[10:17])  # all of this is replaced by what is loaded
         loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         by_pickle, by_copy = pickle.loads(pickle.dumps(original)), copy.deepcopy(original)
         expected = feed(original, rows[steps:])
@@ -137,7 +137,7 @@ class TestState:
         )
         assert_equal_states(rule.state_dict(), before)
 
-    def test_other_parameters_than_in_the_steps_before_are_refused(self):
+    def test_another_number_of_parameters_than_in_earlier_steps_is_refused(self):
         original = AdaGC()
         feed(original, random_norms(3, count=3))
         loaded = AdaGC()
