@@ -19,6 +19,7 @@ from gradclip_ext.thresholds import (
     AdaGC,
     AutoClip,
     Threshold,
+    TimesLimit,
     ZClip,
     adaptive_clip_grad_,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "GradClipper",
     "GradNorms",
     "Threshold",
+    "TimesLimit",
     "ZClip",
     "__version__",
     "adaptive_clip_grad_",

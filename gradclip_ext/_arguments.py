@@ -172,6 +172,17 @@ def weight_decay(value: Any, function: str) -> float:
     return float(value)
 
 
+def state_keys(state: Any, required: set[str], optional: set[str], function: str) -> None:
+    """Refuse a saved state that is not a mapping with these keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{function}: the state has to be a mapping, found {describe(state)}")
+    if not required <= set(state) <= required | optional:
+        raise ValueError(
+            f"{function}: the state has to have the keys {', '.join(sorted(required))}, "
+            f"found {', '.join(sorted(map(str, state))) or 'none'}"
+        )
+
+
 def non_negative(value: Any, function: str, argument: str) -> float:
     """A number that is not negative."""
     number = value if type(value) is float else _number(value, function, argument)
@@ -187,6 +198,12 @@ def positive(value: Any, function: str, argument: str) -> float:
     """A number greater than 0; NaN is refused."""
     expected = "a number greater than 0"
     return _setting(value, function, argument, expected, lambda number: number > 0.0)
+
+
+def at_least(value: Any, low: int, function: str, argument: str) -> float:
+    """A number that is at least ``low``, infinity included."""
+    expected = f"a number that is at least {low}"
+    return _setting(value, function, argument, expected, lambda number: number >= low)
 
 
 def between(value: Any, low: int, high: int, function: str, argument: str) -> float:

@@ -1,4 +1,4 @@
-"""A clipper for the parameters of one model, and its report."""
+"""A clipper that knows its parameters, and what it reports."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments, _ops
+from gradclip_ext import _arguments, _counters
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
-from gradclip_ext.thresholds import AGC, FixedThreshold, StatelessRule, Threshold
+from gradclip_ext._step import POLICIES, Group, Settings, Step, places_of
+from gradclip_ext.thresholds import (
+    AGC,
+    FixedThreshold,
+    Rule,
+    StatelessRule,
+    Threshold,
+    TimesLimit,
+)
 
 __all__ = ["ClipReport", "GradClipper"]
 
-_CALLER = _ops.Caller("GradClipper")
-
-# The policies for a non-finite norm, with the coefficient that carries each out, if one does.
-_POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
+_FUNCTION = "GradClipper"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class ClipReport:
     steps: int
     clipped_steps: int
     nonfinite_steps: int
+    skipped_steps: int = 0
 
     def as_dict(self, prefix: str = "gradients/") -> dict[str, float]:
         """Numbers by name, for a logger such as TensorBoard's or Weights & Biases'."""
@@ -59,37 +65,12 @@ class ClipReport:
             **limits,
             f"{prefix}clipped_share": self.clipped_steps / max(1, self.steps),
             f"{prefix}nonfinite_steps": float(self.nonfinite_steps),
+            f"{prefix}skipped_steps": float(self.skipped_steps),
             **{
                 f"{prefix}norm/{name}": norm
                 for name, norm in zip(self.names, self.norms, strict=True)
             },
         }
-
-
-@dataclass
-class _Step:
-    """What a step measured and decided: numbers known on the host, or tensors on the device.
-
-    Attributes:
-        total: the norm of all gradients together.
-        norms: the norm of each gradient.
-        is_finite: whether the total is finite.
-        limits: for each group, one for all its gradients together, or a 1-D tensor with one each.
-        coefficients: likewise, with the policy applied.
-    """
-
-    total: Tensor
-    norms: Tensor
-    is_finite: bool | Tensor
-    limits: list[Scalar]
-    coefficients: list[Scalar]
-
-    def clips(self) -> bool | Tensor:
-        """Whether the total is finite and a coefficient below 1."""
-        clips: bool | Tensor = False
-        for coefficient in self.coefficients:
-            clips = clips | (_ops.smallest(coefficient, self.total.device) < 1.0)
-        return clips & self.is_finite
 
 
 class GradClipper:
@@ -144,40 +125,55 @@ class GradClipper:
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
         weight_decay: float = 0.0,
+        skip_above: float | TimesLimit | None = None,
+        max_skips_in_a_row: int | None = None,
     ) -> None:
-        function = _CALLER.function
-        self._collection = Collection(source, function)
-        self._norm_type = _arguments.norm_type(norm_type, function)
-        self._nonfinite = _arguments.one_of(nonfinite, tuple(_POLICIES), function, "nonfinite")
+        self._collection = Collection(source, _FUNCTION)
+        norm_type = _arguments.norm_type(norm_type, _FUNCTION)
+        _arguments.one_of(nonfinite, tuple(POLICIES), _FUNCTION, "nonfinite")
         if max_norm is None and clip_value is None:
             raise ValueError(
-                f"{function}: there is nothing to do; pass max_norm (inf measures only), "
+                f"{_FUNCTION}: there is nothing to do; pass max_norm (inf measures only), "
                 "clip_value or both"
             )
         self._rules = self._read_rules(math.inf if max_norm is None else max_norm)
-        self._clip_value = (
-            None
-            if clip_value is None
-            else _arguments.clip_bound(clip_value, function, "clip_value")
-        )
-        self._weight_decay = _arguments.weight_decay(weight_decay, function)
-        writes_elements = clip_value is not None or any(isinstance(r, AGC) for r in self._rules)
-        if nonfinite == "skip" and writes_elements:
+        self._has_own_rules = not all(isinstance(r, (Rule, StatelessRule)) for r in self._rules)
+        if clip_value is not None:
+            clip_value = _arguments.clip_bound(clip_value, _FUNCTION, "clip_value")
+        weight_decay = _arguments.weight_decay(weight_decay, _FUNCTION)
+        if skip_above is not None and not isinstance(skip_above, TimesLimit):
+            skip_above = _arguments.positive(skip_above, _FUNCTION, "skip_above")
+        skipping = "nonfinite='skip'" if nonfinite == "skip" else "skip_above"
+        may_skip = nonfinite == "skip" or skip_above is not None
+        if may_skip and (clip_value is not None or any(isinstance(r, AGC) for r in self._rules)):
             raise ValueError(
-                f"{function}: nonfinite='skip' cannot be combined with clip_value or AGC, which "
-                "would change the gradients before the host knows whether their norm is finite"
+                f"{_FUNCTION}: {skipping} cannot be combined with clip_value or AGC, which "
+                "would change the gradients before the host knows whether to skip the step"
             )
-        self._steps = 0
+        self.max_skips_in_a_row = max_skips_in_a_row
+        if max_skips_in_a_row is not None:
+            self.max_skips_in_a_row = _arguments.whole_number(
+                max_skips_in_a_row, _FUNCTION, "max_skips_in_a_row", 0
+            )
+        may_drop = may_skip or nonfinite == "raise" or self._has_own_rules
+        self._settings = Settings(
+            norm_type,
+            nonfinite,
+            clip_value,
+            weight_decay,
+            skip_above,
+            decays_late=weight_decay > 0.0 and may_drop,
+        )
         # On a GPU these become tensors there, read only on demand.
-        self._clipped_steps: int | Tensor = 0
-        self._nonfinite_steps: int | Tensor = 0
-        self._last: _Step | None = None
-        # Written in place, so that it needs to be handed over only once.
-        self.found_inf = torch.zeros(1, device=self._collection.parameters[0].device)
+        self._counters = _counters.Counters()
+        self._last: Step | None = None
+        self._groups = self._read_groups()
+        self._grouped = self._collection.groups
+        self.found_inf = _flag(self._collection.parameters[0].device)
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameters, as last collected."""
+        """The parameters, as collected last."""
         return list(self._collection.parameters)
 
     @torch.no_grad()
@@ -188,77 +184,66 @@ class GradClipper:
             The norm of all gradients before clipping, a 0-dim float64 tensor on their device.
 
         Raises:
-            RuntimeError: the norm is not finite and the policy is ``"raise"``.
-            ValueError: the number of parameter groups has changed, or that of the parameters for
-                a rule with a limit for each.
+            RuntimeError: the norm is not finite and the policy is ``"raise"``; or a gradient cannot
+                be written to. Nothing is changed then: no gradient, no rule, no counter.
+            TypeError: a rule of your own returns something other than a tensor.
+            ValueError: a rule of your own has limits for each parameter, no ``rearrange``, and the
+                parameters have changed; or it returns a limit that is negative, NaN or of another
+                shape.
         """
         self._collection.refresh()
-        parameters = self._collection.parameters
-        ranges = self._ranges()
-        groups = [parameters[own.start : own.stop] for own in ranges]
-        if self._nonfinite == "raise" and self._weight_decay > 0.0:
-            # Before anything is added: an error leaves the gradients as they were.
-            self._require_finite(_ops.grad_norms(parameters, self._norm_type, None, _CALLER)[0])
-        measured = [
-            _ops.grad_norms(group, self._norm_type, None, _CALLER, self._weight_decay)
-            for group in groups
-        ]
-        total, norms = measured[0] if len(measured) == 1 else self._together(measured)
-        if self._nonfinite == "raise":
-            self._require_finite(total)
-
-        numbers = [_ops.known(group_total) for group_total, _ in measured]
-        known_total = numbers[0] if len(numbers) == 1 else _ops.known(total)
-        step = _Step(total, norms, _ops.isfinite(known_total), [], [])
-        for rule, number, (group_total, group_norms) in zip(
-            self._rules, numbers, measured, strict=True
-        ):
-            limit: Scalar = rule.limits(group_total, group_norms)
-            if rule.per_parameter:
-                self._decide(step, limit, group_norms, rule.epsilon)
-            else:
-                self._decide(step, _ops.known(limit), number, rule.epsilon)
-        # AGC first, since it may refuse a gradient.
-        for rule, own, group in zip(self._rules, ranges, groups, strict=True):
-            if isinstance(rule, AGC):
-                names = self._collection.names[own.start : own.stop]
-                rule.clip_(zip(names, group, strict=True))
-        for rule, group, coefficient in zip(self._rules, groups, step.coefficients, strict=True):
-            self._scale(rule, group, coefficient, total.device)
-        if self._clip_value is not None:
-            _ops.clip_grad_value_(
-                parameters, self._clip_value, None, _ops.Caller("clip_grad_value_")
-            )
-        self._count(step)
-        return total
+        if self._grouped is not self._collection.groups:
+            self._regroup()
+        step = Step(self._settings, self._groups)
+        before = self._states_of_rules() if self._has_own_rules else None
+        try:
+            step.decide()
+        except Exception:
+            if before is not None:
+                self._restore_rules(before)
+            raise
+        step.write()
+        self._counters.count(step.clips(), step.is_finite, step.skips)
+        if self.found_inf.device != step.returned.device:
+            # The model was moved, or exists only now.
+            self.found_inf = _flag(step.returned.device)
+        self.found_inf.fill_(step.skips | (step.is_finite ^ True))
+        self._last = step
+        return step.returned
 
     def report(self) -> ClipReport:
         """The statistics so far. Syncs with the GPU, so call it only as often as you log.
 
         Raises:
-            RuntimeError: nothing has been clipped yet.
+            RuntimeError: nothing has been clipped yet; or more steps in a row were skipped than
+                ``max_skips_in_a_row``.
         """
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
-        step = self._last
+        step, numbers = self._last, self._read_counters()
         return ClipReport(
-            names=self._collection.names,
+            names=step.names,
             norms=tuple(step.norms.tolist()),
-            total_norm=step.total.item(),
+            total_norm=float(step.total),
             coefficient=min(_smallest(coefficient) for coefficient in step.coefficients),
             limits=tuple(_smallest(limit) for limit in step.limits),
-            steps=self._steps,
-            clipped_steps=int(self._clipped_steps),
-            nonfinite_steps=int(self._nonfinite_steps),
+            steps=numbers["steps"],
+            clipped_steps=numbers["clipped_steps"],
+            nonfinite_steps=numbers["nonfinite_steps"],
+            skipped_steps=numbers["skipped_steps"],
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the state of the rules, to save with those of model and optimizer."""
+        """Counters and the state of the rules, to save with those of model and optimizer.
+
+        ``"last_norm_is_finite"`` is 0 in a checkpoint taken right after a NaN or infinite norm.
+
+        Raises:
+            RuntimeError: more steps in a row were skipped than ``max_skips_in_a_row``.
+        """
         return {
             "names": list(self._collection.names),
-            "steps": self._steps,
-            "clipped_steps": int(self._clipped_steps),
-            "nonfinite_steps": int(self._nonfinite_steps),
+            **self._read_counters(),
             "rules": self._states_of_rules(),
         }
 
@@ -266,48 +251,62 @@ class GradClipper:
         """Resume from the state of a clipper with the same parameters and rules.
 
         Raises:
-            ValueError: the state is that of another model or of other rules; nothing is changed.
+            TypeError: the state is not a mapping, or a counter in it is not a whole number.
+            ValueError: the state is that of another model or of other rules, or cannot be that of
+                a clipper. Nothing is changed then.
         """
-        expected = {"names", "steps", "clipped_steps", "nonfinite_steps", "rules"}
-        if set(state) != expected:
-            raise ValueError(
-                f"GradClipper: the state has to have the keys {', '.join(sorted(expected))}, "
-                f"found {', '.join(sorted(map(str, state))) or 'none'}"
-            )
+        required, optional = _counters.keys()
+        required |= {"names", "rules"}
+        _arguments.state_keys(state, required, optional, _FUNCTION)
         names, own = tuple(state["names"]), self._collection.names
         if names != own:
             raise ValueError(
-                "GradClipper: the state is that of another model: expected "
+                f"{_FUNCTION}: the state is that of another model: expected "
                 f"{_arguments.count_and_first_difference(own, names)}"
             )
-        if len(state["rules"]) != len(self._rules):
+        numbers = _counters.read(state, _FUNCTION)
+        states = state["rules"]
+        if len(states) != len(self._rules):
             raise ValueError(
-                f"GradClipper: the state has rules for {len(state['rules'])} groups, expected "
+                f"{_FUNCTION}: the state has rules for {len(states)} groups, expected "
                 f"{len(self._rules)}"
             )
+        for rule, own_state in zip(self._rules, states, strict=True):
+            if isinstance(rule, StatelessRule) != (own_state is None):
+                known = own_state.get("rule") if isinstance(own_state, Mapping) else own_state
+                raise ValueError(
+                    f"{_FUNCTION}: the state is that of other rules: expected {_name_of(rule)}, "
+                    f"found {known}"
+                )
         before = self._states_of_rules()
         try:
-            for rule, rule_state in zip(self._rules, state["rules"], strict=True):
-                if isinstance(rule, StatelessRule) != (rule_state is None):
-                    raise ValueError(
-                        "GradClipper: the state is that of other rules: expected "
-                        f"{_name_of(rule)}, found {rule_state and rule_state.get('rule')}"
-                    )
-                if rule_state is not None:
-                    rule.load_state_dict(rule_state)
+            self._restore_rules(states)
         except Exception:
-            for rule, rule_state in zip(self._rules, before, strict=True):
-                if rule_state is not None:
-                    rule.load_state_dict(rule_state)
+            self._restore_rules(before)
             raise
-        self._steps = int(state["steps"])
-        self._clipped_steps = int(state["clipped_steps"])
-        self._nonfinite_steps = int(state["nonfinite_steps"])
+        self._counters.load_state_dict(numbers)
+
+    def _read_counters(self) -> dict[str, int]:
+        numbers = self._counters.state_dict()
+        skips, most = numbers["skips_in_a_row"], self.max_skips_in_a_row
+        if most is not None and skips > most:
+            first, last = numbers["steps"] - skips + 1, numbers["steps"]
+            raise RuntimeError(
+                f"{_FUNCTION}: steps {first} to {last} were skipped, {skips} in a row, expected at "
+                f"most {most}; look at the data or lower the learning rate, or set "
+                "clipper.max_skips_in_a_row to continue"
+            )
+        return numbers
 
     def _states_of_rules(self) -> list[dict[str, Any] | None]:
         return [
             None if isinstance(rule, StatelessRule) else rule.state_dict() for rule in self._rules
         ]
+
+    def _restore_rules(self, states: Sequence[Mapping[str, Any] | None]) -> None:
+        for rule, state in zip(self._rules, states, strict=True):
+            if state is not None:
+                rule.load_state_dict(state)
 
     def _read_rules(self, max_norm: Any) -> list[Threshold]:
         if not isinstance(max_norm, (list, tuple)):
@@ -318,7 +317,44 @@ class GradClipper:
                 f"GradClipper: max_norm has to have one entry for each of the {groups} parameter "
                 f"groups, found {len(max_norm)}"
             )
-        return [_rule(rule, f"max_norm[{i}]") for i, rule in enumerate(max_norm)]
+        rules = [_rule(rule, f"max_norm[{i}]") for i, rule in enumerate(max_norm)]
+        places: dict[int, int] = {}
+        for place, rule in enumerate(rules):
+            first = places.setdefault(id(rule), place)
+            if first != place and not isinstance(rule, StatelessRule):
+                raise ValueError(
+                    f"GradClipper: max_norm[{first}] and max_norm[{place}] are the same "
+                    f"{_name_of(rule)} object, which would mix the histories of two groups; pass "
+                    "one object for each"
+                )
+        return rules
+
+    def _read_groups(self) -> list[Group]:
+        names, parameters = self._collection.names, self._collection.parameters
+        return [
+            Group(rule, names[own.start : own.stop], parameters[own.start : own.stop])
+            for rule, own in zip(self._rules, self._ranges(), strict=True)
+        ]
+
+    def _regroup(self) -> None:
+        """Follow other parameters: what a rule knows of one stays with its name."""
+        groups = self._read_groups()
+        changes = []
+        for known, group in zip(self._groups, groups, strict=True):
+            places = places_of(known, group)
+            if not group.rule.per_parameter or places == list(range(len(known.names))):
+                continue
+            if not hasattr(group.rule, "rearrange"):
+                raise ValueError(
+                    f"{_FUNCTION}: the rule {_name_of(group.rule)} has limits for each parameter "
+                    "and cannot follow others; give it a method rearrange, as Threshold describes, "
+                    "or pass a new clipper"
+                )
+            changes.append((group.rule, places))
+        for rule, places in changes:
+            rule.rearrange(places)
+        self._groups = groups
+        self._grouped = self._collection.groups
 
     def _ranges(self) -> list[range]:
         """The parameters of each rule: all for a single rule, else those of its group."""
@@ -331,59 +367,17 @@ class GradClipper:
             )
         return self._collection.groups
 
-    def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The norm of all groups and those of all gradients, on the first group's device."""
-        device = measured[0][0].device
-        totals = torch.stack([total.to(device) for total, _ in measured])
-        norms = torch.cat([norms.to(device) for _, norms in measured])
-        return torch.linalg.vector_norm(totals, self._norm_type), norms
 
-    def _decide(self, step: _Step, limit: Scalar, norm: Scalar, epsilon: float) -> None:
-        """Add the limit and its coefficient to the step, or the policy's coefficient."""
-        coefficient = _ops.clip_coefficient(limit, norm, epsilon)
-        instead = _POLICIES[self._nonfinite]
-        if instead is not None:
-            coefficient = _ops.select(step.is_finite, coefficient, instead)
-        step.limits.append(limit)
-        step.coefficients.append(coefficient)
-
-    def _scale(
-        self, rule: Threshold, group: list[Tensor], coefficient: Scalar, device: torch.device
-    ) -> None:
-        clears = self._nonfinite == "zero"
-        if not clears and isinstance(rule, StatelessRule) and rule.only_measures:
-            return
-        if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
-            _ops.scale_each_(group, coefficient, _CALLER)
-        elif clears and (isinstance(coefficient, Tensor) or coefficient == 0.0):
-            # Not scale_, in which 0 * NaN would remain NaN: here 0 clears.
-            each = torch.as_tensor(coefficient, dtype=torch.float64, device=device)
-            _ops.scale_each_(group, each.expand(len(group)).contiguous(), _CALLER)
-        else:
-            _ops.scale_(group, coefficient, _CALLER)
-
-    def _count(self, step: _Step) -> None:
-        is_nonfinite = step.is_finite ^ True
-        self._steps += 1
-        self._clipped_steps = self._clipped_steps + step.clips()
-        self._nonfinite_steps = self._nonfinite_steps + is_nonfinite
-        self.found_inf.fill_(is_nonfinite)
-        self._last = step
-
-    def _require_finite(self, total: Tensor) -> None:
-        if total.isfinite():
-            return
-        pairs = zip(self._collection.names, self._collection.parameters, strict=True)
-        found = [(name, p.grad) for name, p in pairs if p.grad is not None]
-        raise _arguments.nonfinite_error(
-            self._norm_type, [gradient for _, gradient in found], [name for name, _ in found]
-        )
+def _flag(device: torch.device) -> Tensor:
+    # Float32 and not an inference tensor, whatever is active: torch's optimizers ask for that.
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def _rule(value: Any, argument: str) -> Threshold:
     if isinstance(value, Threshold):
         return value
-    return FixedThreshold(_arguments.clip_bound(value, _CALLER.function, argument))
+    return FixedThreshold(_arguments.clip_bound(value, _FUNCTION, argument))
 
 
 def _name_of(rule: Threshold) -> str:

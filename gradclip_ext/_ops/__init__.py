@@ -30,6 +30,7 @@ __all__ = [
     "Caller",
     "Scalar",
     "add_weight_decay_",
+    "are_complex",
     "clip_coefficient",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -42,7 +43,6 @@ __all__ = [
     "known",
     "native_grad_norms",
     "project_",
-    "require_real",
     "require_writable",
     "scale_",
     "scale_each_",
@@ -216,10 +216,9 @@ def require_writable(
         units.require_units(parameters, caller)
 
 
-def require_real(parameters: Sequence[Any], caller: Caller) -> None:
-    """Raise what limiting the elements of complex gradients would raise."""
-    if any(p.grad is not None and p.grad.is_complex() for p in parameters):
-        fallback.require_writable(parameters, 1.0, caller)
+def are_complex(parameters: Sequence[Any]) -> bool:
+    """Whether any gradient is complex, and so has no elements to limit."""
+    return any(p.grad is not None and p.grad.is_complex() for p in parameters)
 
 
 def _known_max_norm(max_norm: Scalar) -> Scalar:

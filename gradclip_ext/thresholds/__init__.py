@@ -14,7 +14,8 @@ once.
 from gradclip_ext.thresholds.adagc import AdaGC
 from gradclip_ext.thresholds.agc import AGC, adaptive_clip_grad_
 from gradclip_ext.thresholds.autoclip import AutoClip
-from gradclip_ext.thresholds.rule import FixedThreshold, StatelessRule, Threshold
+from gradclip_ext.thresholds.rule import FixedThreshold, Rule, StatelessRule, Threshold
+from gradclip_ext.thresholds.times_limit import TimesLimit
 from gradclip_ext.thresholds.zclip import ZClip
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "AdaGC",
     "AutoClip",
     "FixedThreshold",
+    "Rule",
     "StatelessRule",
     "Threshold",
+    "TimesLimit",
     "ZClip",
     "adaptive_clip_grad_",
 ]

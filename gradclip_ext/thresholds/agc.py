@@ -94,12 +94,16 @@ class AGC(StatelessRule):
         """Infinite: :meth:`clip_` limits the norms of units, not those of whole gradients."""
         return torch.full_like(total, math.inf)
 
-    def clip_(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def clip_(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Tensor | None:
         """Clip the gradients in place, except those of excluded names.
 
         Args:
             named_parameters: pairs of a name and a tensor, as ``module.named_parameters()`` yields
                 them.
+
+        Returns:
+            The smallest coefficient of a unit, a 0-dim float64 tensor on the first gradient's
+            device; None if there was no gradient to clip.
 
         Raises:
             NotImplementedError: a gradient is sparse.
@@ -109,7 +113,9 @@ class AGC(StatelessRule):
         pairs = _arguments.named_parameters(named_parameters, "AGC")
         chosen = [pair for pair in pairs if not self._excludes(pair[0])]
         caller = _ops.Caller("AGC", names=tuple(name for name, _ in chosen))
-        _ops.clip_units_([tensor for _, tensor in chosen], self.clip_factor, self.eps, caller)
+        return _ops.clip_units_(
+            [tensor for _, tensor in chosen], self.clip_factor, self.eps, caller
+        )
 
     def _excludes(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)

@@ -1,0 +1,270 @@
+"""One step of a clipper: measure every group, decide, write.
+
+Everything that can raise does so before the first gradient is written, and a rule that has taken in
+the norms of a step that then fails gets its state back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._ops import Scalar
+from gradclip_ext.thresholds import AGC, Rule, StatelessRule, Threshold, TimesLimit
+
+__all__ = ["POLICIES", "Group", "Settings", "Step", "places_of"]
+
+# What to do with a norm that is not finite, and the coefficient that does it, if one does.
+POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a clipper was told once; see the arguments of ``GradClipper``."""
+
+    norm_type: float
+    nonfinite: str
+    clip_value: float | None
+    weight_decay: float
+    skip_above: float | TimesLimit | None
+    # Whether the weight decay has to wait until it is clear that the step will not be dropped.
+    decays_late: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a rule."""
+
+    rule: Threshold
+    names: tuple[str, ...]
+    parameters: list[Tensor]
+
+    @property
+    def caller(self) -> _ops.Caller:
+        """How messages name the parameters."""
+        return _ops.Caller("GradClipper", names=self.names)
+
+
+class Step:
+    """What a step measured and decided: numbers known on the host, or tensors on the device.
+
+    Attributes:
+        names: the names of all parameters.
+        total: the norm of all gradients together.
+        norms: the norm of each gradient, a 1-D tensor.
+        is_finite: whether the total is finite.
+        skips: whether the update is to be skipped.
+        limits: for each group, one for all its gradients together, or a 1-D tensor with one each.
+        coefficients: likewise, with the policy applied; after :meth:`write` also the smallest ones
+            of units and elements.
+    """
+
+    def __init__(self, settings: Settings, groups: Sequence[Group]) -> None:
+        self.names = tuple(name for group in groups for name in group.names)
+        self._settings = settings
+        self._groups = groups
+        self.limits: list[Scalar] = []
+        self.coefficients: list[Scalar] = []
+        self._measured = self._measure()
+        totals, norms = zip(*self._measured, strict=True)
+        # Returned to the caller, who may write into it; what is kept is a number or a copy.
+        self.returned: Tensor = totals[0] if len(totals) == 1 else self._together(totals)
+        self._numbers = [_ops.known(total) for total in totals]
+        self.total: Scalar = self._numbers[0] if len(totals) == 1 else _ops.known(self.returned)
+        if isinstance(self.total, Tensor):
+            self.total = self.total.clone()
+        self.norms = norms[0] if len(norms) == 1 else self._concatenated(norms)
+        self.is_finite = _ops.isfinite(self.total)
+        self.skips: bool | Tensor = False
+        if settings.nonfinite == "raise" and not self.is_finite:
+            raise self._nonfinite_error()
+
+    def decide(self) -> None:
+        """Ask the rules for their limits, and make the coefficients of them."""
+        for group, number, (total, norms) in zip(
+            self._groups, self._numbers, self._measured, strict=True
+        ):
+            rule = group.rule
+            limit: Scalar = rule.limits(total, norms)
+            if not isinstance(rule, (Rule, StatelessRule)):
+                _require_limit(limit, rule, norms)
+            if rule.per_parameter:
+                measured: Scalar = norms
+            else:
+                limit, measured = _ops.known(limit), number
+            self.limits.append(limit)
+            self.coefficients.append(_ops.clip_coefficient(limit, measured, rule.epsilon))
+            if isinstance(self._settings.skip_above, TimesLimit):
+                spike = self._settings.skip_above.is_exceeded(measured, limit)
+                self.skips = self.skips | _on(spike, self.returned.device)
+        if isinstance(self._settings.skip_above, float):
+            self.skips = self.total > self._settings.skip_above
+        self.skips = self.skips & self.is_finite
+        if self._settings.nonfinite == "skip":
+            self.skips = self.skips | (self.is_finite ^ True)
+        if self._settings.nonfinite == "zero":
+            self.coefficients = [_ops.select(self.is_finite, c, 0.0) for c in self.coefficients]
+        elif self.skips is not False:
+            self.coefficients = [_ops.select(self.skips, 1.0, c) for c in self.coefficients]
+
+    def write(self) -> None:
+        """Scale the gradients, and add the weight decay if that has not been done yet."""
+        settings = self._settings
+        if settings.decays_late:
+            keeps = self.skips ^ True
+            for group in self._groups:
+                _ops.add_weight_decay_(group.parameters, settings.weight_decay, group.caller, keeps)
+        for index, group in enumerate(self._groups):
+            if isinstance(group.rule, AGC):
+                named = zip(group.names, group.parameters, strict=True)
+                self._include(index, group.rule.clip_(named))
+            self._scale(group, self.coefficients[index])
+            if settings.clip_value is not None:
+                self._include(index, self._clamp(group, settings.clip_value))
+
+    def clips(self) -> bool | Tensor:
+        """Whether the total is finite and a gradient was made smaller."""
+        clips: bool | Tensor = False
+        for coefficient in self.coefficients:
+            clips = clips | (_ops.smallest(coefficient, self.returned.device) < 1.0)
+        return clips & self.is_finite
+
+    def _measure(self) -> list[tuple[Tensor, Tensor]]:
+        """The norms of every group, once it is clear that every group can be written."""
+        settings = self._settings
+        found: list[tuple[Tensor, Tensor] | None] = [
+            # Several groups, or a decay that waits, are looked at first.
+            None
+            if settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
+            else self._measured_natively(group)
+            for group in self._groups
+        ]
+        for group, norms in zip(self._groups, found, strict=True):
+            if norms is None:
+                _ops.require_writable(
+                    group.parameters,
+                    group.caller,
+                    weight_decay=settings.weight_decay,
+                    clip_value=settings.clip_value,
+                    by_units=isinstance(group.rule, AGC),
+                )
+        return [
+            norms if norms is not None else self._measured_in_any_way(group)
+            for group, norms in zip(self._groups, found, strict=True)
+        ]
+
+    def _measured_natively(self, group: Group) -> tuple[Tensor, Tensor] | None:
+        settings = self._settings
+        if isinstance(group.rule, AGC):
+            # Its units are not looked at natively.
+            return None
+        if settings.clip_value is not None and _ops.are_complex(group.parameters):
+            return None
+        return _ops.native_grad_norms(
+            group.parameters, settings.norm_type, None, settings.weight_decay
+        )
+
+    def _measured_in_any_way(self, group: Group) -> tuple[Tensor, Tensor]:
+        settings = self._settings
+        parameters, caller = group.parameters, group.caller
+        if settings.decays_late:
+            return _ops.decayed_grad_norms(
+                parameters, settings.norm_type, settings.weight_decay, caller
+            )
+        return _ops.grad_norms(parameters, settings.norm_type, None, caller, settings.weight_decay)
+
+    def _together(self, totals: Sequence[Tensor]) -> Tensor:
+        """The norm of all groups, on the device of the first."""
+        device = totals[0].device
+        each = torch.stack([total.to(device) for total in totals])
+        norm: Tensor = torch.linalg.vector_norm(each, self._settings.norm_type)
+        return norm
+
+    def _concatenated(self, norms: Sequence[Tensor]) -> Tensor:
+        return torch.cat([each.to(norms[0].device) for each in norms])
+
+    def _scale(self, group: Group, coefficient: Scalar) -> None:
+        clears = self._settings.nonfinite == "zero"
+        rule = group.rule
+        if not clears and isinstance(rule, StatelessRule) and rule.only_measures:
+            return
+        if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
+            _ops.scale_each_(group.parameters, coefficient, group.caller)
+        elif clears and (isinstance(coefficient, Tensor) or coefficient == 0.0):
+            # One coefficient for each, because a scaled NaN stays NaN, where 0 clears.
+            each = torch.as_tensor(coefficient, dtype=torch.float64, device=self.returned.device)
+            each = each.expand(len(group.parameters)).contiguous()
+            _ops.scale_each_(group.parameters, each, group.caller)
+        else:
+            _ops.scale_(group.parameters, coefficient, group.caller)
+
+    def _clamp(self, group: Group, clip_value: float) -> Scalar:
+        """Limit the elements; for each gradient, what its largest one was multiplied by."""
+        _, largest = _ops.grad_norms(group.parameters, math.inf, None, group.caller)
+        _ops.clip_grad_value_(group.parameters, clip_value, None, group.caller)
+        return _ops.clip_coefficient(clip_value, largest, 0.0)
+
+    def _include(self, index: int, coefficient: Scalar | None) -> None:
+        """Let a coefficient of units or elements count in that of the group."""
+        if coefficient is not None:
+            self.coefficients[index] = _ops.known(coefficient) * self.coefficients[index]
+
+    def _nonfinite_error(self) -> RuntimeError:
+        pairs = [
+            (name, parameter.grad)
+            for group in self._groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        return _arguments.nonfinite_error(
+            self._settings.norm_type, [grad for _, grad in pairs], [name for name, _ in pairs]
+        )
+
+
+def places_of(known: Group, group: Group) -> list[int | None]:
+    """For each parameter of a group the place it had before, None for a new one.
+
+    Another object under a known name and of the same shape is taken for the same parameter. Places
+    in a list are no names; there the object alone counts.
+    """
+    by_object = {id(parameter): place for place, parameter in enumerate(known.parameters)}
+    by_name = {name: place for place, name in enumerate(known.names) if not name.endswith("]")}
+    places = []
+    for name, parameter in zip(group.names, group.parameters, strict=True):
+        place = by_object.get(id(parameter))
+        if place is None and name in by_name:
+            named = by_name[name]
+            place = named if known.parameters[named].shape == parameter.shape else None
+        places.append(place)
+    return places
+
+
+def _require_limit(limit: Any, rule: Threshold, norms: Tensor) -> None:
+    """Refuse what a user's own rule must not give; only numbers on the host are looked at."""
+    name = f"GradClipper: the rule {type(rule).__name__}"
+    if not isinstance(limit, Tensor):
+        raise TypeError(
+            f"{name} has to give its limits as a tensor, found {_arguments.describe(limit)}"
+        )
+    shape = tuple(norms.shape) if rule.per_parameter else ()
+    if tuple(limit.shape) != shape:
+        raise ValueError(
+            f"{name} has to give limits of shape {shape}, found shape {tuple(limit.shape)}"
+        )
+    if limit.device.type != "cpu":
+        return
+    wrong = limit[~(limit >= 0.0)] if limit.dim() else limit.reshape(1)[~(limit >= 0.0).reshape(1)]
+    if wrong.numel() > 0:
+        raise ValueError(
+            f"{name} has to give limits that are not negative, found {wrong[0].item()}"
+        )
+
+
+def _on(flag: bool | Tensor, device: torch.device) -> bool | Tensor:
+    return flag.to(device) if isinstance(flag, Tensor) else flag
