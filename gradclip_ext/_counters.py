@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
@@ -48,11 +49,13 @@ class Counters:
     def count(self, clips: bool | Tensor, is_finite: bool | Tensor, skips: bool | Tensor) -> None:
         """Count one step; each flag is known on the host, or a 0-dim tensor that is not read."""
         self.steps += 1
-        self.clipped_steps = _sum(self.clipped_steps, clips)
-        self.nonfinite_steps = _sum(self.nonfinite_steps, is_finite ^ True)
-        self.skipped_steps = _sum(self.skipped_steps, skips)
-        # Becomes 0 where nothing was skipped.
-        self.skips_in_a_row = _sum(self.skips_in_a_row, 1, skips) * skips
+        if isinstance(is_finite, Tensor):
+            self._move_to(is_finite.device)
+        self.clipped_steps = self.clipped_steps + clips
+        self.nonfinite_steps = self.nonfinite_steps + (is_finite ^ True)
+        self.skipped_steps = self.skipped_steps + skips
+        # 0 after a step that was not skipped.
+        self.skips_in_a_row = (self.skips_in_a_row + 1) * skips
         self.last_norm_is_finite = is_finite * 1
 
     def state_dict(self) -> dict[str, int]:
@@ -63,6 +66,13 @@ class Counters:
         """Resume from what :func:`read` returned."""
         for key, number in numbers.items():
             setattr(self, key, number)
+
+    def _move_to(self, device: torch.device) -> None:
+        """Tensors on two devices could not be added."""
+        for key in _KEYS:
+            value = getattr(self, key)
+            if isinstance(value, Tensor) and value.device != device:
+                setattr(self, key, value.to(device))
 
 
 def keys() -> tuple[set[str], set[str]]:
@@ -84,11 +94,3 @@ def read(state: Mapping[str, Any], function: str) -> dict[str, int]:
         value = state.get(key, default)
         numbers[key] = _arguments.whole_number(value, function, f"state[{key!r}]", 0, largest)
     return numbers
-
-
-def _sum(count: _Count, other: _Count, like: _Count | None = None) -> _Count:
-    """Their sum, on the device of the other one, since those of two devices do not add up."""
-    target = other if like is None else like
-    if isinstance(count, Tensor) and isinstance(target, Tensor):
-        count = count.to(target.device)
-    return count + other

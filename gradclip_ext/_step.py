@@ -6,6 +6,7 @@ the norms of a step that then fails gets its state back.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Group:
     names: tuple[str, ...]
     parameters: list[Tensor]
 
-    @property
+    @functools.cached_property
     def caller(self) -> _ops.Caller:
         """How messages name the parameters."""
         return _ops.Caller("GradClipper", names=self.names)
@@ -55,7 +56,6 @@ class Step:
     """What a step measured and decided: numbers known on the host, or tensors on the device.
 
     Attributes:
-        names: the names of all parameters.
         total: the norm of all gradients together.
         norms: the norm of each gradient, a 1-D tensor.
         is_finite: whether the total is finite.
@@ -66,24 +66,32 @@ class Step:
     """
 
     def __init__(self, settings: Settings, groups: Sequence[Group]) -> None:
-        self.names = tuple(name for group in groups for name in group.names)
         self._settings = settings
         self._groups = groups
         self.limits: list[Scalar] = []
         self.coefficients: list[Scalar] = []
         self._measured = self._measure()
-        totals, norms = zip(*self._measured, strict=True)
-        # Returned to the caller, who may write into it; what is kept is a number or a copy.
-        self.returned: Tensor = totals[0] if len(totals) == 1 else self._together(totals)
-        self._numbers = [_ops.known(total) for total in totals]
-        self.total: Scalar = self._numbers[0] if len(totals) == 1 else _ops.known(self.returned)
+        self._numbers = [_ops.known(total) for total, _ in self._measured]
+        # The tensor is returned to the caller, who may write into it; a number or a copy is kept.
+        self.returned: Tensor
+        self.total: Scalar
+        if len(self._measured) == 1:
+            self.returned, self.norms = self._measured[0]
+            self.total = self._numbers[0]
+        else:
+            self.returned, self.norms = self._together()
+            self.total = _ops.known(self.returned)
         if isinstance(self.total, Tensor):
             self.total = self.total.clone()
-        self.norms = norms[0] if len(norms) == 1 else self._concatenated(norms)
         self.is_finite = _ops.isfinite(self.total)
         self.skips: bool | Tensor = False
         if settings.nonfinite == "raise" and not self.is_finite:
             raise self._nonfinite_error()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all parameters."""
+        return tuple(name for group in self._groups for name in group.names)
 
     def decide(self) -> None:
         """Ask the rules for their limits, and make the coefficients of them."""
@@ -138,24 +146,21 @@ class Step:
     def _measure(self) -> list[tuple[Tensor, Tensor]]:
         """The norms of every group, once it is clear that every group can be written."""
         settings = self._settings
-        found: list[tuple[Tensor, Tensor] | None] = [
-            # Several groups, or a decay that waits, are looked at first.
-            None
-            if settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
-            else self._measured_natively(group)
-            for group in self._groups
-        ]
-        for group, norms in zip(self._groups, found, strict=True):
-            if norms is None:
-                _ops.require_writable(
-                    group.parameters,
-                    group.caller,
-                    weight_decay=settings.weight_decay,
-                    clip_value=settings.clip_value,
-                    by_units=isinstance(group.rule, AGC),
-                )
+        # Several groups, or a decay that waits, are looked at first.
+        waits = settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
+        found = [None if waits else self._measured_natively(group) for group in self._groups]
+        if None in found:
+            for group, norms in zip(self._groups, found, strict=True):
+                if norms is None:
+                    _ops.require_writable(
+                        group.parameters,
+                        group.caller,
+                        weight_decay=settings.weight_decay,
+                        clip_value=settings.clip_value,
+                        by_units=isinstance(group.rule, AGC),
+                    )
         return [
-            norms if norms is not None else self._measured_in_any_way(group)
+            self._measured_in_any_way(group) if norms is None else norms
             for group, norms in zip(self._groups, found, strict=True)
         ]
 
@@ -179,15 +184,12 @@ class Step:
             )
         return _ops.grad_norms(parameters, settings.norm_type, None, caller, settings.weight_decay)
 
-    def _together(self, totals: Sequence[Tensor]) -> Tensor:
-        """The norm of all groups, on the device of the first."""
-        device = totals[0].device
-        each = torch.stack([total.to(device) for total in totals])
-        norm: Tensor = torch.linalg.vector_norm(each, self._settings.norm_type)
-        return norm
-
-    def _concatenated(self, norms: Sequence[Tensor]) -> Tensor:
-        return torch.cat([each.to(norms[0].device) for each in norms])
+    def _together(self) -> tuple[Tensor, Tensor]:
+        """The norm of all groups and the norms of all gradients, on the device of the first."""
+        device = self._measured[0][0].device
+        totals = torch.stack([total.to(device) for total, _ in self._measured])
+        norms = torch.cat([norms.to(device) for _, norms in self._measured])
+        return torch.linalg.vector_norm(totals, self._settings.norm_type), norms
 
     def _scale(self, group: Group, coefficient: Scalar) -> None:
         clears = self._settings.nonfinite == "zero"
