@@ -3,9 +3,11 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "binding/cpu_engine.h"
+#include "core/overlap.h"
 #if GRADCLIP_WITH_CUDA
 #include "binding/cuda_engine.h"
 #endif
@@ -63,6 +65,14 @@ bool same_layout(const TensorList& gradients, const TensorList& parameters) {
                     });
 }
 
+// Whether a gradient's memory is also that of a parameter, or of another gradient.
+bool share_any_memory(const TensorList& gradients, const TensorList& parameters) {
+  std::vector<Span> spans = gradients.index_for_reading().spans();
+  const FlatIndex values = parameters.index_for_reading();
+  spans.insert(spans.end(), values.spans().begin(), values.spans().end());
+  return share_memory(FlatIndex(std::move(spans)));
+}
+
 }  // namespace
 
 std::optional<at::Tensor> clip_grad_norm_(const TensorList& gradients, const Scalar& max_norm,
@@ -104,7 +114,8 @@ std::optional<Norms> grad_norms(const TensorList& gradients, Norm kind,
   const Access access = decay == nullptr ? Access::kRead : Access::kWrite;
   return run("gradclip_ext::grad_norms", access, gradients,
              [&](const Engine& engine) -> std::optional<Norms> {
-               if (decay != nullptr && !same_layout(gradients, decay->parameters)) {
+               if (decay != nullptr && (!same_layout(gradients, decay->parameters) ||
+                                        share_any_memory(gradients, decay->parameters))) {
                  return std::nullopt;
                }
                return engine.norms(gradients, kind, precision, decay);

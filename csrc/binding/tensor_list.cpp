@@ -72,8 +72,12 @@ bool is_native(const at::Tensor& tensor) {
 }
 
 bool is_flat(const at::Tensor& tensor) {
-  return tensor.numel() == 0 || (tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense() &&
-                                 tensor.const_data_ptr() != nullptr);
+  if (tensor.numel() == 0) return true;
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->is_non_overlapping_and_dense() || tensor.const_data_ptr() == nullptr) return false;
+  // A storage may have been resized to less than its tensors need, which torch does not check.
+  const int64_t end = tensor.storage_offset() + tensor.numel();
+  return static_cast<size_t>(end) * tensor.itemsize() <= impl->unsafe_storage().nbytes();
 }
 
 bool operations_are_unobserved() {
