@@ -150,6 +150,7 @@ class Step:
         waits = settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
         found = [None if waits else self._measured_natively(group) for group in self._groups]
         if None in found:
+            _ops.refuse_mixed_meta([group.parameters for group in self._groups], self.names)
             for group, norms in zip(self._groups, found, strict=True):
                 if norms is None:
                     _ops.require_writable(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import dtensor, fallback, units
+from gradclip_ext._ops import dtensor, fallback, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.observation import compiling
@@ -43,6 +43,7 @@ __all__ = [
     "known",
     "native_grad_norms",
     "project_",
+    "refuse_mixed_meta",
     "require_writable",
     "scale_",
     "scale_each_",
@@ -214,6 +215,13 @@ def require_writable(
     by_hand.require_decayable(parameters, weight_decay, caller)
     if by_units:
         units.require_units(parameters, caller)
+
+
+def refuse_mixed_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
+    """Raise if some gradients of the groups are on the meta device and others are not."""
+    listed = [parameter for group in groups for parameter in group]
+    given, own = gradients.read_grads(listed, Caller("GradClipper", names=tuple(names)))
+    gradients.refuse_mixed_meta(given, own, "GradClipper")
 
 
 def are_complex(parameters: Sequence[Any]) -> bool:

@@ -208,6 +208,25 @@ def require_storage(tensor: Tensor, name: str, function: str) -> None:
         )
 
 
+def require_shape(parameter: Tensor, gradient: Tensor, name: str, function: str) -> None:
+    """Refuse a gradient whose elements do not belong to those of its parameter one by one."""
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{function}: {name} has to have the shape of its parameter, "
+            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
+        )
+
+
+def refuse_mixed_meta(gradients: list[Tensor], names: list[str], function: str) -> None:
+    """Refuse gradients on the meta device, which have no values, beside others."""
+    is_meta = [gradient.is_meta for gradient in gradients]
+    if any(is_meta) and not all(is_meta):
+        raise RuntimeError(
+            f"{function}: {names[is_meta.index(True)]} is on the meta device and has no values, "
+            f"unlike {names[is_meta.index(False)]}"
+        )
+
+
 def refuse_integers(gradients: list[Tensor], names: list[str], function: str) -> None:
     """Raise for a dtype that has no norm."""
     for gradient, name in zip(gradients, names, strict=True):

@@ -15,6 +15,7 @@ from gradclip_ext._ops.gradients import (
     refuse_integers,
     refuse_unwritable,
     rehearse,
+    require_shape,
     require_storage,
 )
 
@@ -78,6 +79,7 @@ def _refuse(parameter: Tensor, gradient: Tensor, name: str, function: str) -> No
             f"{function}: the gradient of {name} has to have memory for each element, found shape "
             f"{tuple(gradient.shape)} with strides {gradient.stride()}; clone() it first"
         )
+    require_shape(parameter, gradient, f"the gradient of {name}", function)
     require_storage(parameter, name, function)
 
 

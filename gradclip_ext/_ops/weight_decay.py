@@ -16,6 +16,7 @@ from gradclip_ext._ops.gradients import (
     refuse_integers,
     refuse_unwritable,
     rehearse,
+    require_shape,
     require_storage,
 )
 
@@ -121,10 +122,10 @@ def _refuse(
             f"{function}: {name}: weight_decay option is not compatible with sparse gradients, "
             f"found the layout {gradient.layout}"
         )
-    if gradient.shape != parameter.shape:
-        raise ValueError(
-            f"{function}: {name} has to have the shape of its parameter, "
-            f"{tuple(parameter.shape)}, found {tuple(gradient.shape)}"
+    require_shape(parameter, gradient, name, function)
+    if parameter.is_meta and not gradient.is_meta:
+        raise RuntimeError(
+            f"{function}: the parameter of {name} is on the meta device and has no values"
         )
     if parameter.is_complex() and not gradient.is_complex():
         raise TypeError(
