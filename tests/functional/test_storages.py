@@ -1,4 +1,4 @@
-"""Storages that hold less than their tensors need: refused by every function, with nothing changed."""
+"""Storages that hold less than their tensors need are refused by every function, before it writes."""
 
 from __future__ import annotations
 
