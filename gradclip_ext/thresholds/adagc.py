@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule
+from gradclip_ext.thresholds.rule import Rule, is_observation
 
 __all__ = ["AdaGC"]
+
+# No limit is smaller, so that none becomes 0 where a product leaves the range of float64.
+_SMALLEST_LIMIT = torch.finfo(torch.float64).tiny
 
 
 class AdaGC(Rule):
@@ -33,17 +36,17 @@ class AdaGC(Rule):
     The method is that of Wang et al., "AdaGC: Improving Training Stability for Large Language
     Model Pretraining" (2025), arXiv 2502.11034.
 
-    A norm of 0, as without a gradient, leaves :math:`\gamma_i` unchanged. A parameter that has its
-    first gradient after the warm-up is not clipped in that step, and its norm becomes
-    :math:`\gamma_i`. A step with a non-finite total leaves the state unchanged and does not count
-    as a warm-up step; its limits are those of the second formula.
+    A norm of 0, as without a gradient, leaves :math:`\gamma_i` as it was, which in the paper would
+    become 0; its limit is that of the second formula. A parameter that has its first gradient after
+    the warm-up is not clipped in that step, and its norm becomes :math:`\gamma_i`. A step whose
+    total is 0 or not finite changes nothing and is none of the warm-up's; its limits are those of
+    the second formula.
 
     Args:
-        relative_limit: how far a norm may exceed its average, as a factor greater than 0.
-        beta: weight of the previous average, from 0 to 1.
-        warmup_steps: steps with a finite total in which all gradients are clipped together, not
-            negative.
-        absolute_limit: limit of the total norm in these steps, greater than 0.
+        relative_limit: how far a norm may be above its average, as a factor greater than 0.
+        beta: weight of what was measured before, from 0 to 1.
+        warmup_steps: steps with a finite total above 0 that are clipped together, not negative.
+        absolute_limit: the limit of the total norm in these, greater than 0.
 
     Raises:
         TypeError: an argument is not a number.
@@ -81,18 +84,21 @@ class AdaGC(Rule):
                 f"AdaGC: norms has to hold one for each of the {gamma.numel()} parameters of the "
                 f"steps before, found shape {tuple(norms.shape)}"
             )
-        finite = total.isfinite()
+        observed = is_observation(total)
+        counts = is_observation(norms) & observed
         warming = count < self.warmup_steps
-        # A total of 0 makes the quotient infinite, and the coefficient 1.
+        # A tiny total may make the quotient infinite, and the coefficient 1.
         together = norms * (self.absolute_limit / total).clamp(max=1.0)
-        limits = torch.where(warming & finite, together, self.relative_limit * gamma)
+        limits = torch.where(warming & counts, together, self.relative_limit * gamma)
+        limits = limits.clamp(min=_SMALLEST_LIMIT)
 
         clipped = torch.minimum(norms, limits)
-        average = self.beta * gamma + (1.0 - self.beta) * clipped
+        # lerp rounds to between its ends, so that a positive average stays positive.
+        average = torch.lerp(gamma, clipped, 1.0 - self.beta)
         late = torch.where(gamma.isinf(), clipped, average)
         updated = torch.where(warming, torch.minimum(gamma, clipped), late)
-        counts = finite & norms.isfinite() & (norms > 0.0)
-        return limits, {"count": count + finite, "gamma": torch.where(counts, updated, gamma)}
+        gamma = torch.where(counts, updated, gamma)
+        return limits, {"count": count + observed, "gamma": gamma}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         found = tensors["gamma"].numel()

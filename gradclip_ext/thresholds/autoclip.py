@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule
+from gradclip_ext import _arguments, _ops
+from gradclip_ext.thresholds.rule import Rule, is_observation
 
 __all__ = ["AutoClip"]
 
@@ -33,7 +33,8 @@ class AutoClip(Rule):
     Separation Networks" (2020), arXiv 2007.14469. The paper keeps every norm; here only the last
     ``window`` count, because they are sorted at each step.
 
-    Non-finite norms do not enter the history. Before the first finite one the limit is ``inf``.
+    Norms that are 0, as without a gradient, or not finite are not part of the history, which in the
+    paper takes in every norm. Before the first one that is, the limit is ``inf``.
 
     Args:
         percentile: the percentile, from 0 to 100. With 10, as in the paper, nine of ten steps are
@@ -58,8 +59,8 @@ class AutoClip(Rule):
         super().__init__()
         self.percentile = _arguments.between(percentile, 0, 100, "AutoClip", "percentile")
         self.window = _arguments.whole_number(window, "AutoClip", "window", 1, _LARGEST_WINDOW)
-        # An upper bound on the number of norms in the history: how many of them were finite is
-        # known only on the device.
+        # At least as many as there are norms in the history. How many steps brought one, the host
+        # knows on the CPU; elsewhere every step may have.
         self._steps = 0
 
     def _settings(self) -> dict[str, Any]:
@@ -76,17 +77,19 @@ class AutoClip(Rule):
         self, state: dict[str, Tensor], total: Tensor, norms: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         count, history = state["count"], self._grown(state["history"])
-        finite = total.isfinite()
-        # The place is computed on the device and advances only after finite norms. Otherwise each
-        # non-finite one would evict a finite one from a full ring, and enough of them all.
+        observed = is_observation(total)
+        # The place is computed on the device and moves on after observations only. Otherwise each
+        # other step would push a good norm out of a full ring, and many of them all.
         place = count.remainder(self.window).to(torch.int64).view(1)
-        kept = torch.where(finite, total, history.index_select(0, place))
+        kept = torch.where(observed, total, history.index_select(0, place))
         history.index_copy_(0, place, kept)
-        self._steps += 1
-        # Unused places hold NaN, which nanquantile ignores.
+        number = _ops.known(total)
+        if isinstance(number, Tensor) or 0.0 < number < math.inf:
+            self._steps += 1
+        # Places that are not taken yet hold NaN, which nanquantile passes over.
         limit = torch.nanquantile(history, self.percentile / 100.0)
         limit = limit.masked_fill(limit.isnan(), math.inf)
-        return limit, {"count": count + finite, "history": history}
+        return limit, {"count": count + observed, "history": history}
 
     def _grown(self, history: Tensor) -> Tensor:
         """The history, with room for the norm of this step."""

@@ -9,7 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold"]
+__all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold", "is_observation"]
+
+
+def is_observation(norm: Tensor) -> Tensor:
+    """Where a norm tells how large gradients are: finite, and not the 0 of having none."""
+    return (norm > 0.0) & (norm < math.inf)
 
 
 @runtime_checkable
@@ -62,8 +67,9 @@ class Rule:
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
         """Take the norms of this step and return its limits, see :meth:`Threshold.limits`.
 
-        A non-finite ``total`` leaves the state unchanged, and the limit is computed from that. What
-        happens to such gradients is up to the caller.
+        A ``total`` that is 0, as without any gradient, or not finite is no observation: it leaves
+        the state as it was and gives a limit computed from that. What becomes of gradients that are
+        not finite is for the caller to decide.
         """
         # The state must not keep the autograd graph of the norms alive.
         total = total.detach().to(torch.float64)

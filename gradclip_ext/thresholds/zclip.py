@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule
+from gradclip_ext.thresholds.rule import Rule, is_observation
 
 __all__ = ["ZClip"]
+
+# What the variance of norms above 1e154 is taken for, whose squares leave the range of float64.
+_LARGEST = torch.finfo(torch.float64).max
 
 
 class ZClip(Rule):
@@ -35,15 +38,16 @@ class ZClip(Rule):
     Kumar, Owen, Roy Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training"
     (2025), arXiv 2504.02507.
 
-    A non-finite norm does not count as a warm-up step. After the warm-up its limit is :math:`\mu`,
-    which the limit of a finite norm approaches as the norm grows.
+    A norm that is 0, as without a gradient, or not finite enters neither average and is no step of
+    the warm-up; in the paper every norm counts. After the warm-up, its limit is :math:`\mu`,
+    towards which that of a finite one goes as it grows.
 
     Args:
         alpha: weight of the previous averages, from 0 to 1.
         z_threshold: score above which a norm is a spike, greater than 0.
-        warmup_steps: finite norms to collect first, at least 1.
-        max_norm: an additional limit in every step, greater than 0, or None. The averages use the
-            norm before this limit is applied.
+        warmup_steps: norms to collect first, finite ones above 0; at least 1.
+        max_norm: a limit that holds besides in every step, greater than 0; None for none. The
+            averages take in the norm as it is before this one.
 
     Raises:
         TypeError: an argument is not a number.
@@ -75,31 +79,32 @@ class ZClip(Rule):
         self, state: dict[str, Tensor], total: Tensor, norms: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         count, mean, variance = state["count"], state["mean"], state["variance"]
-        finite = total.isfinite()
-        # Whether the warm-up is over is known only on the device, so both branches are computed.
+        observed = is_observation(total)
+        unobserved = observed.logical_not()
+        # Whether the warm-up is over is known on the device only, so both ways are computed.
         warming = count < self.warmup_steps
 
-        # Mean and population variance of the norms so far, updated as by Welford (1962), so that
-        # the norms themselves need not be kept.
-        distance = total - mean
-        early_mean = mean + distance / (count + 1.0)
-        early_variance = variance + (distance * (total - early_mean) - variance) / (count + 1.0)
-
         deviation = variance.sqrt()
-        score = (distance / (deviation + 1e-6)).masked_fill(finite.logical_not(), math.inf)
-        spike = score > self.z_threshold
-        reached = mean + self.z_threshold * self.z_threshold / score * deviation
-        clipped = torch.where(spike, reached, total)
-        late_mean = self.alpha * mean + (1.0 - self.alpha) * clipped
-        late_variance = self.alpha * variance + (1.0 - self.alpha) * (clipped - late_mean).square()
+        score = (total - mean) / (deviation + 1e-6)
+        # In this order nothing leaves the range of float64 where the score is above the threshold,
+        # as the square of the threshold may.
+        excess = self.z_threshold * deviation / (score / self.z_threshold)
+        reached = mean + excess.masked_fill(unobserved, 0.0)
+        ordinary = (score <= self.z_threshold) & observed
+        limit = reached.masked_fill(warming | ordinary, math.inf)
+        norm = torch.where(observed, torch.minimum(total, limit), mean)
 
-        limit = reached.masked_fill(warming | spike.logical_not(), math.inf)
+        # In the warm-up mean and population variance of the norms up to now come from those of the
+        # ones before (Welford 1962): the norms themselves need not be kept. Both averages are the
+        # same step towards the norm, of another length. A mean of positive norms stays positive,
+        # because lerp rounds to between its ends, as a sum of products does not.
+        step = torch.where(warming, (count + 1.0).reciprocal(), 1.0 - self.alpha)
+        step = step.masked_fill(unobserved, 0.0)
+        new_mean = torch.lerp(mean, norm, step)
+        distance = norm - new_mean
+        square = distance * torch.where(warming, norm - mean, distance)
+        new_variance = torch.lerp(variance, square.clamp(max=_LARGEST), step)
+
         if self.max_norm is not None:
             limit = limit.clamp(max=self.max_norm)
-        return limit, {
-            "count": count + finite,
-            "mean": torch.where(finite, torch.where(warming, early_mean, late_mean), mean),
-            "variance": torch.where(
-                finite, torch.where(warming, early_variance, late_variance), variance
-            ),
-        }
+        return limit, {"count": count + observed, "mean": new_mean, "variance": new_variance}

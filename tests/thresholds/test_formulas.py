@@ -61,7 +61,8 @@ def adagc_loop(rows, relative_limit, beta, warmup_steps, absolute_limit):
         limits.append([])
         for i, norm in enumerate(row):
             warming = step < warmup_steps
-            limit = norm * coefficient if warming else relative_limit * gamma[i]
+            together = warming and norm > 0.0
+            limit = norm * coefficient if together else relative_limit * gamma[i]
             limits[-1].append(limit)
             if norm == 0.0:
                 continue
@@ -156,7 +157,7 @@ class TestParametersWithoutGradient:
         rule = AdaGC(relative_limit=1.5, beta=0.5, warmup_steps=2)
         rows = [[0.5, 0.0], [0.5, 0.0], [0.5, 0.0], [0.5, 8.0], [0.5, 8.0], [0.5, 100.0]]
         of_second = [limits[1] for limits in feed(rule, rows)]
-        assert of_second == [0.0, 0.0, math.inf, math.inf, 12.0, 12.0]
+        assert of_second == [math.inf, math.inf, math.inf, math.inf, 12.0, 12.0]
 
     def test_adagc_keeps_the_average_where_there_is_no_gradient(self):
         rule = AdaGC(relative_limit=2.0, beta=0.5, warmup_steps=1)
