@@ -12,6 +12,11 @@ from torch import Tensor
 __all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold", "is_observation"]
 
 
+# For all that makes a tensor of the state: a step inside torch.inference_mode() would else leave
+# tensors that no step outside may write to.
+_outside_inference = torch.inference_mode(mode=False)
+
+
 def is_observation(norm: Tensor) -> Tensor:
     """Where a norm tells how large gradients are: finite, and not the 0 of having none."""
     return (norm > 0.0) & (norm < math.inf)
@@ -64,14 +69,18 @@ class Rule:
         # Empty before the first step, at which the device and the parameters become known.
         self._state: dict[str, Tensor] = {}
 
+    @_outside_inference
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
         """Take the norms of this step and return its limits, see :meth:`Threshold.limits`.
 
         A ``total`` that is 0, as without any gradient, or not finite is no observation: it leaves
         the state as it was and gives a limit computed from that. What becomes of gradients that are
-        not finite is for the caller to decide.
+        not finite is for the caller to decide. On the meta device nothing is measured: the limits
+        are meta tensors, and the state stays what it was on another.
         """
-        # The state must not keep the autograd graph of the norms alive.
+        if total.is_meta:
+            return torch.full_like(norms if self.per_parameter else total, math.inf)
+        # Nothing of the graph that computed the norms may live on in the state.
         total = total.detach().to(torch.float64)
         norms = norms.detach().to(torch.float64)
         state = self._state or self._initial(norms.numel(), total.device)
@@ -80,12 +89,14 @@ class Rule:
             limits, self._state = self._advance(state, total, norms)
         return limits
 
+    @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state: tensors and numbers, and the name of the class as ``"rule"``."""
         state = self._state or self._initial(0, torch.device("cpu"))
         copies = {name: tensor.clone() for name, tensor in state.items()}
         return {"rule": self._name, **copies, **self._settings()}
 
+    @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from where :meth:`state_dict` was called, bit for bit.
 
@@ -198,11 +209,16 @@ class FixedThreshold(StatelessRule):
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
         self.only_measures = max_norm == math.inf
-        # Moved to the device of the norms once, so that later steps need no copy.
-        self._limit = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
+        # On the device of the norms, so that no step has to bring it there.
+        self._limit = self._on(torch.device("cpu"))
 
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
         """``max_norm`` as a 0-dim tensor, see :meth:`Threshold.limits`."""
         if self._limit.device != total.device:
-            self._limit = self._limit.to(total.device)
+            self._limit = self._on(total.device)
         return self._limit
+
+    @_outside_inference
+    def _on(self, device: torch.device) -> Tensor:
+        # Not moved: what has been on the meta device holds no number any more.
+        return torch.full((), self.max_norm, dtype=torch.float64, device=device)
