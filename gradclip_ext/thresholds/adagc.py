@@ -101,12 +101,19 @@ class AdaGC(Rule):
         return limits, {"count": count + observed, "gamma": gamma}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        found = tensors["gamma"].numel()
-        if self._state and found and found != self._state["gamma"].numel():
-            raise ValueError(
-                f"AdaGC: state['gamma'] has to hold one norm for each of "
-                f"{self._state['gamma'].numel()} parameters, found {found}"
-            )
+        super()._check(tensors, state)
+        count, gamma = tensors["count"].item(), tensors["gamma"]
+        found = gamma.numel()
+        if self._state and found:
+            own = self._state["gamma"].numel()
+            expected = f"hold one norm for each of {own} parameters"
+            self._require(found == own, "gamma", expected, found)
+        expected = f"hold one norm for each parameter of {count:.0f} steps"
+        self._require(found > 0 or count == 0.0, "gamma", expected, found)
+        expected = "be a norm greater than 0, or inf for none yet"
+        self._require_each(gamma > 0.0, "gamma", expected, gamma)
+        expected = "be inf, as state['count'] is 0"
+        self._require_each(gamma.isinf() | (count > 0.0), "gamma", expected, gamma)
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         # A rule that was saved before its first step does not know the number of parameters.

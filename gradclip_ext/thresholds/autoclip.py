@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,26 +103,38 @@ class AutoClip(Rule):
         return torch.cat([history, _unknown(capacity - history.numel(), history.device)])
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        if state["window"] != self.window:
-            raise ValueError(
-                f"AutoClip: state['window'] has to be {self.window}, as this object's, "
-                f"found {state['window']!r}"
-            )
-        capacity = tensors["history"].numel()
-        count = float(tensors["count"])
-        if not 1 <= capacity <= self.window:
-            raise ValueError(
-                f"AutoClip: state['history'] has to hold 1 to {self.window} norms, found {capacity}"
-            )
-        if not (count >= 0.0 and min(count, self.window) <= capacity):
-            raise ValueError(
-                f"AutoClip: state['history'] has to have a place for each of state['count'] norms, "
-                f"found {capacity} places for {count}"
-            )
+        super()._check(tensors, state)
+        window = state["window"]
+        # True is no 1 here.
+        same = isinstance(window, numbers.Integral) and not isinstance(window, bool)
+        same = same and window == self.window
+        self._require(same, "window", f"be {self.window}, as this object's", repr(window))
+
+        history, count = tensors["history"], tensors["count"].item()
+        capacity = history.numel()
+        expected = f"hold 1 to {self.window} norms"
+        self._require(1 <= capacity <= self.window, "history", expected, capacity)
+        taken = int(min(count, self.window))
+        expected = "have a place for each of state['count'] norms"
+        self._require(taken <= capacity, "history", expected, f"{capacity} places for {count}")
+        holds = (history >= 0.0) & (history < math.inf)
+        expected = "be a finite norm greater than 0"
+        self._require_each(holds[:taken], "history", expected, history)
+        holds = torch.cat([holds[:taken], history[taken:].isnan()])
+        expected = f"be nan, as each place after the {taken} norms of state['count']"
+        self._require_each(holds, "history", expected, history)
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        super()._restore(tensors)
-        self._steps = int(tensors["count"])
+        history, count = tensors["history"], tensors["count"]
+        if bool((history == 0.0).any()):
+            # Norms of 0 count no more. Those that they pushed out of a full ring are gone.
+            begin = int(count.remainder(self.window)) if count > self.window else 0
+            norms = history.roll(-begin)
+            norms = norms[norms > 0.0]
+            count = torch.full_like(count, norms.numel())
+            history = torch.cat([norms, _unknown(history.numel() - norms.numel(), norms.device)])
+        super()._restore({"count": count, "history": history})
+        self._steps = int(count)
 
 
 def _unknown(size: int, device: torch.device) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 __all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold", "is_observation"]
 
 
+# Up to here float64 counts by ones.
+_LARGEST_COUNT = 2**53
+
 # For all that makes a tensor of the state: a step inside torch.inference_mode() would else leave
 # tensors that no step outside may write to.
 _outside_inference = torch.inference_mode(mode=False)
@@ -100,16 +103,17 @@ class Rule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from where :meth:`state_dict` was called, bit for bit.
 
-        The rule keeps its own arguments; none is taken from ``state``.
+        The arguments of the rule are its own; none is taken from ``state``. Norms of 0, which
+        earlier versions counted, are left out where they can be told from the others.
 
         Raises:
             TypeError: ``state`` is not a mapping.
-            ValueError: ``state`` is that of another rule, is incomplete, or does not fit this
-                object. Nothing is changed then.
+            ValueError: it is the state of another rule, lacks something, holds numbers that no
+                steps lead to, or does not fit this object. Nothing is changed then.
         """
         tensors = self._read(state)
         self._check(tensors, state)
-        self._restore({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        self._restore(tensors)
 
     @property
     def _name(self) -> str:
@@ -130,22 +134,35 @@ class Rule:
         return {}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Refuse a state of the right form that does not fit this object."""
+        """Refuse a state of the right form that cannot be, or does not fit this object."""
+        count = tensors["count"].item()
+        whole = 0.0 <= count <= _LARGEST_COUNT and count == int(count)
+        self._require(whole, "count", f"be a whole number from 0 to {_LARGEST_COUNT}", count)
+
+    def _require(self, holds: bool, key: str, expected: str, found: Any, index: str = "") -> None:
+        if not holds:
+            raise ValueError(
+                f"{self._name}: state[{key!r}]{index} has to {expected}, found {found}"
+            )
+
+    def _require_each(self, holds: Tensor, key: str, expected: str, found: Tensor) -> None:
+        """As :meth:`_require`, of the elements of a tensor; the first that is wrong is named."""
+        wrong = holds.logical_not().nonzero().flatten().tolist()
+        for index in wrong[:1]:
+            self._require(False, key, expected, found[index].item(), f"[{index}]")
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         self._state = tensors
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of a state, required to have the form that :meth:`_initial` gives them."""
+        """Copies of the tensors of a state, in the form that :meth:`_initial` gives them."""
         if not isinstance(state, Mapping):
             raise TypeError(
                 f"{self._name}: state has to be a mapping, found {type(state).__name__}"
             )
-        if state.get("rule") != self._name:
-            raise ValueError(
-                f"{self._name}: state['rule'] has to be {self._name!r}, "
-                f"found {state.get('rule', 'nothing')!r}"
-            )
+        found = state.get("rule", "nothing")
+        same = isinstance(found, str) and found == self._name
+        self._require(same, "rule", f"be {self._name!r}", repr(found))
         pattern = self._initial(0, torch.device("cpu"))
         expected = [*pattern, *self._settings()]
         missing = [key for key in expected if key not in state]
@@ -156,17 +173,21 @@ class Rule:
             )
         for name, model in pattern.items():
             found = state[name]
-            form = f"a tensor of {model.dim()} dimensions and dtype {model.dtype}"
-            if not isinstance(found, Tensor):
-                raise ValueError(
-                    f"{self._name}: state[{name!r}] has to be {form}, found {type(found).__name__}"
-                )
-            if found.dim() != model.dim() or found.dtype != model.dtype:
-                raise ValueError(
-                    f"{self._name}: state[{name!r}] has to be {form}, "
-                    f"found {found.dim()} dimensions and dtype {found.dtype}"
-                )
-        return {name: state[name] for name in pattern}
+            form = f"be a tensor of {model.dim()} dimensions and dtype {model.dtype}"
+            self._require(isinstance(found, Tensor), name, form, type(found).__name__)
+            self._require(
+                found.dim() == model.dim() and found.dtype == model.dtype,
+                name,
+                form,
+                f"{found.dim()} dimensions and dtype {found.dtype}",
+            )
+            self._require(
+                found.layout == torch.strided and not found.is_meta,
+                name,
+                "be a dense tensor that holds numbers",
+                f"layout {found.layout} on device {found.device}",
+            )
+        return {name: state[name].detach().clone() for name in pattern}
 
 
 class StatelessRule:
@@ -188,8 +209,13 @@ class StatelessRule:
         """Accept an empty state.
 
         Raises:
-            ValueError: the state is not empty, so it is that of another rule.
+            TypeError: ``state`` is not a mapping.
+            ValueError: the state is not empty, and so that of another rule.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}: state has to be a mapping, found {type(state).__name__}"
+            )
         if state:
             raise ValueError(
                 f"{type(self).__name__}: state has to be empty, found {', '.join(map(str, state))}"

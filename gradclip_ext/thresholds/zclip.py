@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +110,19 @@ class ZClip(Rule):
         if self.max_norm is not None:
             limit = limit.clamp(max=self.max_norm)
         return limit, {"count": count + observed, "mean": new_mean, "variance": new_variance}
+
+    def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        super()._check(tensors, state)
+        count, mean, variance = (tensors[name].item() for name in ("count", "mean", "variance"))
+        for name, number in (("mean", mean), ("variance", variance)):
+            expected = "be a finite number that is not negative"
+            self._require(0.0 <= number < math.inf, name, expected, number)
+        expected = "be 0, as state['count'] is"
+        self._require(count > 0.0 or mean == 0.0, "mean", expected, mean)
+        expected = "be 0, as state['mean'] is"
+        self._require(mean > 0.0 or variance == 0.0, "variance", expected, variance)
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        # A mean of 0 is that of norms of 0 alone, which count no more.
+        never = tensors["mean"] == 0.0
+        super()._restore({name: tensor.masked_fill(never, 0.0) for name, tensor in tensors.items()})

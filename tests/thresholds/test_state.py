@@ -168,8 +168,7 @@ class TestState:
             ),
             (
                 {"count": torch.tensor(math.nan, dtype=torch.float64)},
-                "state['history'] has to have a place for each of state['count'] norms, "
-                "found 9 places for nan",
+                f"state['count'] has to be a whole number from 0 to {2**53}, found nan",
             ),
         ):
             with pytest.raises(ValueError) as caught:
