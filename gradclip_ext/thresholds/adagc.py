@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule, is_observation
+from gradclip_ext.thresholds.rule import Rule, is_observation, outside_inference
 
 __all__ = ["AdaGC"]
 
@@ -42,6 +42,9 @@ class AdaGC(Rule):
     total is 0 or not finite changes nothing and is none of the warm-up's; its limits are those of
     the second formula.
 
+    Each average belongs to a parameter: where the parameters change, :meth:`rearrange` takes it
+    along.
+
     Args:
         relative_limit: how far a norm may be above its average, as a factor greater than 0.
         beta: weight of what was measured before, from 0 to 1.
@@ -51,7 +54,7 @@ class AdaGC(Rule):
     Raises:
         TypeError: an argument is not a number.
         ValueError: an argument is outside its range; in :meth:`limits`, the number of parameters
-            differs from that of earlier steps.
+            is another one than in the steps before, and :meth:`rearrange` was not called.
     """
 
     per_parameter: bool = True
@@ -68,6 +71,37 @@ class AdaGC(Rule):
         self.beta = _arguments.between(beta, 0, 1, "AdaGC", "beta")
         self.warmup_steps = _arguments.whole_number(warmup_steps, "AdaGC", "warmup_steps", 0)
         self.absolute_limit = _arguments.positive(absolute_limit, "AdaGC", "absolute_limit")
+
+    @outside_inference
+    def rearrange(self, places: Sequence[int | None]) -> None:
+        """Take the averages along to other places.
+
+        Does nothing before the first step. The steps of the warm-up stay counted.
+
+        Args:
+            places: for each parameter of the steps to come, the index that it had in the steps
+                before, or None for a new one. It starts afresh, as one that had no gradient yet.
+
+        Raises:
+            TypeError: an element of ``places`` is neither an index nor None.
+            ValueError: an element is out of range, or there is none. Nothing is changed then.
+        """
+        if not self._state:
+            return
+        gamma = self._state["gamma"]
+        count = gamma.numel()
+        if not places:
+            raise ValueError("AdaGC: places has to hold one for each parameter, found none")
+        indices = [
+            count
+            if place is None
+            else _arguments.whole_number(place, "AdaGC", f"places[{index}]", 0, count - 1)
+            for index, place in enumerate(places)
+        ]
+        # Behind the averages lies that of all new parameters.
+        extended = torch.cat([gamma, gamma.new_full((1,), math.inf)])
+        chosen = torch.tensor(indices, dtype=torch.int64, device=gamma.device)
+        self._state = {**self._state, "gamma": extended.index_select(0, chosen)}
 
     def _initial(self, parameter_count: int, device: torch.device) -> dict[str, Tensor]:
         return {

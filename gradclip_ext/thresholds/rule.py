@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["FixedThreshold", "Rule", "StatelessRule", "Threshold", "is_observation"]
+__all__ = [
+    "FixedThreshold",
+    "Rule",
+    "StatelessRule",
+    "Threshold",
+    "is_observation",
+    "outside_inference",
+]
 
 
 # Up to here float64 counts by ones.
@@ -17,7 +24,7 @@ _LARGEST_COUNT = 2**53
 
 # For all that makes a tensor of the state: a step inside torch.inference_mode() would else leave
 # tensors that no step outside may write to.
-_outside_inference = torch.inference_mode(mode=False)
+outside_inference = torch.inference_mode(mode=False)
 
 
 def is_observation(norm: Tensor) -> Tensor:
@@ -28,6 +35,11 @@ def is_observation(norm: Tensor) -> Tensor:
 @runtime_checkable
 class Threshold(Protocol):
     """Interface of a rule: limits for this step's norms, and a state that can be saved.
+
+    A rule with ``per_parameter`` may offer one thing more, a method ``rearrange(places)``, which is
+    called before :meth:`limits` when there are other parameters than in the steps before, or the
+    same ones in another order: ``places`` holds, for each parameter of the steps to come, the index
+    that it had, or None for a new one. Without that method other parameters are an error.
 
     Attributes:
         per_parameter: whether :meth:`limits` gives one limit for each parameter.
@@ -72,7 +84,7 @@ class Rule:
         # Empty before the first step, at which the device and the parameters become known.
         self._state: dict[str, Tensor] = {}
 
-    @_outside_inference
+    @outside_inference
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
         """Take the norms of this step and return its limits, see :meth:`Threshold.limits`.
 
@@ -92,14 +104,20 @@ class Rule:
             limits, self._state = self._advance(state, total, norms)
         return limits
 
-    @_outside_inference
+    def rearrange(self, places: Sequence[int | None]) -> None:
+        """Go on with other parameters; see :class:`Threshold`.
+
+        Nothing is to be done for a rule with one limit for all.
+        """
+
+    @outside_inference
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state: tensors and numbers, and the name of the class as ``"rule"``."""
         state = self._state or self._initial(0, torch.device("cpu"))
         copies = {name: tensor.clone() for name, tensor in state.items()}
         return {"rule": self._name, **copies, **self._settings()}
 
-    @_outside_inference
+    @outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from where :meth:`state_dict` was called, bit for bit.
 
@@ -244,7 +262,7 @@ class FixedThreshold(StatelessRule):
             self._limit = self._on(total.device)
         return self._limit
 
-    @_outside_inference
+    @outside_inference
     def _on(self, device: torch.device) -> Tensor:
         # Not moved: what has been on the meta device holds no number any more.
         return torch.full((), self.max_norm, dtype=torch.float64, device=device)
