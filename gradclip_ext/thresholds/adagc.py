@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule, is_observation, outside_inference
+from gradclip_ext.thresholds.rule import LARGEST_COUNT, Rule, is_observation, outside_inference
 
 __all__ = ["AdaGC"]
 
@@ -120,7 +120,7 @@ class AdaGC(Rule):
             )
         observed = is_observation(total)
         counts = is_observation(norms) & observed
-        warming = count < self.warmup_steps
+        warming = count < min(self.warmup_steps, LARGEST_COUNT)
         # A tiny total may make the quotient infinite, and the coefficient 1.
         together = norms * (self.absolute_limit / total).clamp(max=1.0)
         limits = torch.where(warming & counts, together, self.relative_limit * gamma)

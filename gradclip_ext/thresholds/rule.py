@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGEST_COUNT",
     "FixedThreshold",
     "Rule",
     "StatelessRule",
@@ -20,7 +21,7 @@ __all__ = [
 
 
 # Up to here float64 counts by ones.
-_LARGEST_COUNT = 2**53
+LARGEST_COUNT = 2**53
 
 # For all that makes a tensor of the state: a step inside torch.inference_mode() would else leave
 # tensors that no step outside may write to.
@@ -154,8 +155,8 @@ class Rule:
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Refuse a state of the right form that cannot be, or does not fit this object."""
         count = tensors["count"].item()
-        whole = 0.0 <= count <= _LARGEST_COUNT and count == int(count)
-        self._require(whole, "count", f"be a whole number from 0 to {_LARGEST_COUNT}", count)
+        whole = 0.0 <= count <= LARGEST_COUNT and count == int(count)
+        self._require(whole, "count", f"be a whole number from 0 to {LARGEST_COUNT}", count)
 
     def _require(self, holds: bool, key: str, expected: str, found: Any, index: str = "") -> None:
         if not holds:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext.thresholds.rule import Rule, is_observation
+from gradclip_ext.thresholds.rule import LARGEST_COUNT, Rule, is_observation
 
 __all__ = ["ZClip"]
 
@@ -84,7 +84,7 @@ class ZClip(Rule):
         observed = is_observation(total)
         unobserved = observed.logical_not()
         # Whether the warm-up is over is known on the device only, so both ways are computed.
-        warming = count < self.warmup_steps
+        warming = count < min(self.warmup_steps, LARGEST_COUNT)
 
         deviation = variance.sqrt()
         score = (total - mean) / (deviation + 1e-6)

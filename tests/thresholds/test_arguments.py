@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from rules import feed, random_norms
 
 from gradclip_ext.thresholds import AGC, AdaGC, AutoClip, ZClip, adaptive_clip_grad_
 
@@ -123,5 +125,48 @@ def test_arguments_of_the_wrong_type(make, message):
     assert str(caught.value) == message
 
 
-def test_arguments_may_be_numbers_of_numpy():
-    assert AutoClip(np.float32(50.0), np.int64(7)).window == 7
+def settings_of(rule):
+    return {name: value for name, value in vars(rule).items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("rule", "same"),
+    [
+        (AutoClip(np.float32(50.0), np.int64(7)), AutoClip(50.0, 7)),
+        (AutoClip(np.longdouble(50.0), np.array(7)), AutoClip(50.0, 7)),
+        (AutoClip(Fraction(25, 2)), AutoClip(12.5)),
+        (
+            ZClip(Fraction(1, 2), np.float16(2.5), np.uint8(3), Fraction(3, 2)),
+            ZClip(0.5, 2.5, 3, 1.5),
+        ),
+        (ZClip(np.float64(0.1), np.int8(2), max_norm=np.uint64(4)), ZClip(0.1, 2, max_norm=4)),
+        (AdaGC(Fraction(3, 2), np.float32(0.5), np.int16(4), np.int64(2)), AdaGC(1.5, 0.5, 4, 2)),
+        (AGC(Fraction(1, 64), np.float16(0.5)), AGC(0.015625, 0.5)),
+    ],
+    ids=lambda rule: f"{type(rule).__name__}{tuple(settings_of(rule).values())}",
+)
+def test_arguments_may_be_numbers_of_numpy_and_fractions(rule, same):
+    found = settings_of(rule)
+    assert found == settings_of(same)
+    # Numbers of numpy would make steps slower, and end up in what users pickle.
+    assert {type(value) for value in found.values()} <= {int, float, tuple, type(None)}
+    if not isinstance(rule, AGC):
+        rows = random_norms(30)
+        assert feed(rule, rows) == feed(same, rows)
+
+
+def test_fractions_and_numbers_of_numpy_outside_their_range():
+    for make, found in (
+        (lambda: ZClip(Fraction(3, 2)), "3/2"),
+        (lambda: ZClip(np.float32(1.5)), "1.5"),
+        (lambda: ZClip(np.float64(math.nan)), "nan"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert str(caught.value) == f"ZClip: alpha has to be a number from 0 to 1, found {found}"
+
+
+@pytest.mark.parametrize("rule", [ZClip, AdaGC])
+def test_a_warm_up_without_end(rule):
+    rows = random_norms(10)
+    assert feed(rule(warmup_steps=10**400), rows) == feed(rule(warmup_steps=10), rows)
