@@ -38,7 +38,7 @@ def test_inference_mode(rule, inside):
     model, other = make_model(), make_model()
     clipper, expected = GradClipper(model, rule()), GradClipper(other, rule())
     for number, within in enumerate((*inside, True, False)):
-        set_gradients(model, number)
+        set_gradients(model, number, 1.0 + number % 3)
         with torch.inference_mode(within):
             clipper.clip_()
         steps(expected, other, [number])
@@ -180,11 +180,11 @@ def test_a_bad_limit_names_the_rule_and_changes_nothing(answer, error, text, dec
 
 
 class TestOtherParameters:
-    def norms(self, clipper, values):
-        for parameter, value in zip(clipper.parameters, values, strict=True):
+    def norms(self, clipper, parameters, values):
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.grad = torch.full_like(parameter, value)
         clipper.clip_()
-        return [parameter.grad.flatten()[0].item() for parameter in clipper.parameters]
+        return [parameter.grad.flatten()[0].item() for parameter in parameters]
 
     def clipper_with_averages(self, names):
         model = nn.Module()
@@ -195,37 +195,37 @@ class TestOtherParameters:
 
     def test_reordered_removed_and_added(self):
         model, clipper = self.clipper_with_averages("abc")
-        self.norms(clipper, [1.0, 2.0, 3.0])
+        self.norms(clipper, [*model.parameters()], [1.0, 2.0, 3.0])
         a, b = model.a, model.b
         for name in "abc":
             delattr(model, name)
         model.register_parameter("b", b)
         model.register_parameter("d", nn.Parameter(torch.ones(1)))
         model.register_parameter("a", a)
-        assert self.norms(clipper, [50.0, 60.0, 70.0]) == [2.0, 60.0, 1.0]
+        assert self.norms(clipper, [*model.parameters()], [50.0, 60.0, 70.0]) == [2.0, 60.0, 1.0]
         # The new one has an average of its own now.
-        assert self.norms(clipper, [1.0, 90.0, 1.0]) == [1.0, 60.0, 1.0]
+        assert self.norms(clipper, [*model.parameters()], [1.0, 90.0, 1.0]) == [1.0, 60.0, 1.0]
 
     def test_a_head_of_another_shape_starts_afresh(self):
         model, clipper = self.clipper_with_averages("ab")
-        self.norms(clipper, [1.0, 2.0])
+        self.norms(clipper, [*model.parameters()], [1.0, 2.0])
         model.b = nn.Parameter(torch.ones(1, 1))
-        assert self.norms(clipper, [9.0, 9.0]) == [1.0, 9.0]
+        assert self.norms(clipper, [*model.parameters()], [9.0, 9.0]) == [1.0, 9.0]
 
     def test_in_an_optimizer_the_object_counts(self):
         first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([first, second], lr=0.1)
         clipper = GradClipper(optimizer, AdaGC(1.0, 1.0, warmup_steps=1, absolute_limit=1e9))
-        self.norms(clipper, [1.0, 2.0])
+        self.norms(clipper, [first, second], [1.0, 2.0])
         optimizer.param_groups[0]["params"] = [second, first]
-        assert self.norms(clipper, [9.0, 9.0]) == [2.0, 1.0]
+        assert self.norms(clipper, [second, first], [9.0, 9.0]) == [2.0, 1.0]
 
     def test_an_own_rule_that_cannot_follow(self):
         model, _ = self.clipper_with_averages("ab")
         rule = OwnRule(lambda _, norms: norms)
         rule.per_parameter = True
         clipper = GradClipper(model, rule)
-        self.norms(clipper, [1.0, 2.0])
+        self.norms(clipper, [*model.parameters()], [1.0, 2.0])
         report = clipper.report()
         model.register_parameter("c", nn.Parameter(torch.ones(1)))
         model.c.grad = torch.ones(1)

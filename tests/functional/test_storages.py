@@ -1,4 +1,4 @@
-"""Storages that hold less than their tensors need are refused by every function, before it writes."""
+"""Every function refuses a storage that holds less than its tensor needs, and changes nothing."""
 
 from __future__ import annotations
 
