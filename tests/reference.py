@@ -15,6 +15,8 @@ from torch import Tensor
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 NATIVE_ORDERS = (1.0, 2.0, math.inf)
+# Older releases break the graph in torch.nn.utils' own clipping and cannot trace everything.
+WITHOUT_GRAPH_BREAKS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 
 # Relative error of one scaled element: the norm's own, whose sums are in short chains of float32,
 # counted as one rounding (equal values, the worst case found, come to 1.2); the coefficient rounded
@@ -119,6 +121,11 @@ def assert_scaled(after: Tensor, before: Tensor, coefficient: float) -> None:
             f"element {first} of {wrong.sum().item()} wrong ones: expected "
             f"{expected[first].item()}, found {found[first].item()} ({after.dtype})"
         )
+
+
+def assert_unchanged(tensors: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    for tensor, original in zip(tensors, originals, strict=True):
+        assert torch.equal(tensor, original)
 
 
 def parameter(gradient: Tensor | None, shape: Sequence[int] = (1,)) -> torch.nn.Parameter:

@@ -7,18 +7,19 @@ import math
 import pytest
 import reference as ref
 import torch
-from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, NATIVE_ORDERS, name_of
+from parametrize import (
+    by_border_size,
+    by_dtype,
+    by_foreach,
+    by_layout,
+    by_native_dtype,
+    by_order,
+)
+from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, name_of
 
 import gradclip_ext
 
 ALL_DTYPES = NATIVE_DTYPES + COMPLEX_DTYPES
-
-by_dtype = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=name_of)
-by_real_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=name_of)
-by_order = pytest.mark.parametrize("order", NATIVE_ORDERS, ids=lambda order: f"L{order:g}")
-by_foreach = pytest.mark.parametrize(
-    "foreach", [None, False, True], ids=lambda value: f"foreach={value}"
-)
 
 
 def check_clip(gradients, max_norm, order=2.0, foreach=None):
@@ -61,15 +62,15 @@ def test_agrees_with_torch(dtype, order):
 
 
 @by_order
-@by_real_dtype
-@pytest.mark.parametrize("size", ref.BORDER_SIZES)
+@by_native_dtype
+@by_border_size
 def test_sizes_at_the_borders(size, dtype, order):
     check_clip([ref.random_gradient((size,), dtype, seed=size)], 0.25, order)
 
 
 @by_order
 @by_dtype
-@pytest.mark.parametrize("layout", LAYOUTS)
+@by_layout
 def test_layouts(layout, dtype, order):
     make = LAYOUTS[layout]
     gradients = [make(ref.random_gradient((6, 10), dtype, seed)) for seed in range(3)]
@@ -82,7 +83,7 @@ def test_layouts(layout, dtype, order):
 
 
 @pytest.mark.parametrize("offset", range(1, 9))
-@by_real_dtype
+@by_native_dtype
 def test_unaligned_views(dtype, offset):
     storage = ref.random_gradient((5000,), dtype)
     untouched = storage[:offset].clone()
@@ -147,7 +148,7 @@ def test_quiet_call_does_not_write():
 
 
 @by_order
-@by_real_dtype
+@by_native_dtype
 @pytest.mark.parametrize("position", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_non_finite_values_propagate_as_in_torch(value, position, dtype, order):
@@ -234,7 +235,7 @@ def test_float16_norm_overflow_returns_inf_and_clips_right():
 
 
 @by_order
-@by_real_dtype
+@by_native_dtype
 def test_all_equal_values(dtype, order):
     # Equal values make every rounding error point the same way; random ones hide it.
     values = [0.1, 1.0 / 3.0, 1.7, *(ref.random_gradient((20,)).abs() + 0.5).tolist()]

@@ -8,16 +8,12 @@ import math
 import pytest
 import reference as ref
 import torch
-from reference import COMPLEX_DTYPES, LAYOUTS, NATIVE_DTYPES, name_of
+from parametrize import by_border_size, by_dtype, by_foreach, by_layout, by_native_dtype, by_way
+from reference import LAYOUTS, name_of
 
 import gradclip_ext
 
-by_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES + COMPLEX_DTYPES, ids=name_of)
-by_real_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=name_of)
 by_16_bit_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-by_foreach = pytest.mark.parametrize(
-    "foreach", [None, False, True], ids=lambda value: f"foreach={value}"
-)
 FUNCTIONS = ("clip_grad_norm_", "get_total_norm", "clip_grads_with_norm_", "clip_grad_value_")
 
 
@@ -34,7 +30,7 @@ def test_signature_extends_torchs(name):
 class TestClipGradsWithNorm:
     @by_foreach
     @by_dtype
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @by_layout
     def test_scales_by_the_given_norm(self, layout, dtype, foreach):
         gradients = [LAYOUTS[layout](ref.random_gradient((6, 10), dtype, s)) for s in range(2)]
         before = [ref.widened(gradient) for gradient in gradients]
@@ -63,7 +59,7 @@ class TestClipGradsWithNorm:
             + str(list(getattr(norm, "shape", "")))
         ),
     )
-    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    @by_way
     def test_norm_may_come_in_any_form(self, norm, mixed):
         gradients = [torch.tensor([8.0])]
         if mixed:
@@ -93,8 +89,8 @@ class TestClipGradsWithNorm:
 
 class TestClipGradValue:
     @by_foreach
-    @by_real_dtype
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @by_native_dtype
+    @by_layout
     def test_limits_as_torch_does(self, layout, dtype, foreach):
         ours = [LAYOUTS[layout](ref.random_gradient((6, 10), dtype, seed)) for seed in range(2)]
         theirs = ref.copies(ours)
@@ -103,8 +99,8 @@ class TestClipGradValue:
         for mine, other in zip(ours, theirs, strict=True):
             assert torch.equal(mine, other)
 
-    @by_real_dtype
-    @pytest.mark.parametrize("size", ref.BORDER_SIZES)
+    @by_native_dtype
+    @by_border_size
     def test_sizes_at_the_borders(self, size, dtype):
         ours = ref.random_gradient((size,), dtype)
         theirs = ours.clone()
@@ -113,7 +109,7 @@ class TestClipGradValue:
             torch.nn.utils.clip_grad_value_(ref.parameter(theirs), 0.7)
         assert torch.equal(ours, theirs)
 
-    @by_real_dtype
+    @by_native_dtype
     def test_nan_stays_and_infinity_is_limited(self, dtype):
         gradient = torch.tensor([math.nan, math.inf, -math.inf, 0.25, -0.0]).to(dtype)
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), 0.5)
@@ -157,7 +153,7 @@ class TestClipGradValue:
 
 
 class TestMaxNorm:
-    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    @by_way
     def test_infinite_max_norm_only_measures(self, mixed):
         for value, expected in ((math.inf, math.inf), (3.0, 5.0)):
             gradients = [torch.tensor([value, 4.0])]
@@ -169,7 +165,7 @@ class TestMaxNorm:
             gradclip_ext.clip_grads_with_norm_(ref.parameters(gradients), math.inf, math.nan)
             assert gradients[0].tolist() == [value, 4.0]
 
-    @pytest.mark.parametrize("mixed", [False, True], ids=["native", "general"])
+    @by_way
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=name_of)
     @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "one-element"])
     def test_max_norm_may_be_a_tensor(self, shape, dtype, mixed):

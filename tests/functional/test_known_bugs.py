@@ -7,6 +7,7 @@ import math
 import pytest
 import reference as ref
 import torch
+from parametrize import by_native_dtype, by_order
 
 import gradclip_ext
 
@@ -15,7 +16,7 @@ def norm_of(*gradients, order=2.0):
     return gradclip_ext.get_total_norm(list(gradients), order).item()
 
 
-@pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda p: f"L{p:g}")
+@by_order
 def test_a_trailing_empty_tensor_does_not_drop_the_last_gradient(order):
     expected = norm_of(torch.full((3,), 2.0), order=order)
     assert norm_of(torch.full((3,), 2.0), torch.empty(0), order=order) == expected
@@ -65,7 +66,7 @@ def test_more_elements_than_a_32_bit_integer_counts():
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
+@by_native_dtype
 def test_misaligned_views_give_the_same_values(offset, dtype):
     aligned = ref.random_gradient((10_000,), dtype)
     storage = torch.zeros(10_000 + offset, dtype=dtype)

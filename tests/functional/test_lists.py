@@ -7,11 +7,9 @@ import math
 import pytest
 import reference as ref
 import torch
+from parametrize import by_native_dtype, by_order
 
 import gradclip_ext
-
-by_dtype = pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
-by_order = pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda order: f"L{order:g}")
 
 
 def gradients_of(shapes, dtype=torch.float32):
@@ -29,7 +27,7 @@ def check_clip(gradients, max_norm, order=2.0):
 
 
 @by_order
-@by_dtype
+@by_native_dtype
 @pytest.mark.parametrize("count", [1, 39, 40, 41, 190, 191])
 def test_lists_of_any_length(count, dtype, order):
     check_clip(gradients_of([(7 + 3 * (i % 11),) for i in range(count)], dtype), 0.5, order)
@@ -41,7 +39,7 @@ def test_lists_of_several_launches(count):
 
 
 @by_order
-@by_dtype
+@by_native_dtype
 def test_more_tiles_than_workers(dtype, order):
     check_clip(gradients_of([(300_001,), (5,), (200, 1_000), (77_777,)], dtype), 0.5, order)
 
@@ -82,7 +80,7 @@ def test_views_that_overlap_partly():
     torch.testing.assert_close(storage, coefficient**times, rtol=1e-5, atol=0)
 
 
-@by_dtype
+@by_native_dtype
 def test_views_at_odd_offsets(dtype):
     storage = torch.full((10_000,), 3.0, dtype=dtype)
     views = [storage[1:4], storage[5:1000], storage[1001:9_998]]

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import reference as ref
 import torch
+from parametrize import by_native_dtype, by_order
 
 import gradclip_ext
 
@@ -25,8 +26,8 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("order", ref.NATIVE_ORDERS, ids=lambda p: f"L{p:g}")
-@pytest.mark.parametrize("dtype", ref.NATIVE_DTYPES, ids=ref.name_of)
+@by_order
+@by_native_dtype
 def test_the_same_bits_for_any_number_of_threads(dtype, order, restore_threads):
     shapes = [(700, 300), (5,), (129, 1000), (1,), (90_001,)]
     originals = [ref.random_gradient(shape, dtype, seed) for seed, shape in enumerate(shapes)]
