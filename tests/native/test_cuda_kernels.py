@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import linked, object_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests/native"
@@ -209,30 +210,16 @@ MUTANTS = {
 }
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("needs a C++ compiler")
-    return found
-
-
-def compile_one(csrc: Path, name: str, options: list[str], threads: int, folder: Path) -> Path:
+def compile_one(csrc: Path, name: str, options: list[str], threads: int) -> Path:
     """tests/native/{name}.cpp with the kernels of `csrc`, as an object file."""
-    compiled = folder / f"{name}.o"
     # g++ does not know `pragma unroll`.
-    subprocess.run(
-        [compiler(), *options, "-Wno-unknown-pragmas", "-DGRADCLIP_EMULATION"]
-        + [f"-DGRADCLIP_THREADS={threads}", f"-I{csrc}", f"-I{NATIVE}"]
-        + ["-c", NATIVE / f"{name}.cpp", "-o", compiled],
-        check=True,
-    )
-    return compiled
+    options = [*options, "-Wno-unknown-pragmas", "-DGRADCLIP_EMULATION"]
+    options += [f"-DGRADCLIP_THREADS={threads}"]
+    return object_file(NATIVE / f"{name}.cpp", options, [csrc, NATIVE])
 
 
 def link(objects: list[Path], options: list[str], folder: Path) -> Path:
-    program = folder / "program"
-    subprocess.run([compiler(), *options, "-pthread", *objects, "-o", program], check=True)
-    return program
+    return linked(folder / "program", objects, [*options, "-pthread"])
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -254,7 +241,7 @@ def outcome_of_mutant(
         source = source.replace(old, new)
     file.write_text(source, encoding="utf-8")
     options, threads = MUTANT_BUILD
-    kernels = compile_one(folder / "csrc", "kernels", options, threads, folder)
+    kernels = compile_one(folder / "csrc", "kernels", options, threads)
     # First, so that of two copies of an inline function the linker keeps the mutant's.
     return run(link([kernels, *tests], options, folder), "--quick")
 
@@ -273,8 +260,7 @@ def programs(side_by_side, tmp_path_factory) -> dict[str, Future[Path]]:
     def build(name: str, folder: Path) -> Path:
         options, threads = BUILDS[name]
         objects = [
-            compile_one(ROOT / "csrc", source, [*options, *WARNINGS], threads, folder)
-            for source in SOURCES
+            compile_one(ROOT / "csrc", source, [*options, *WARNINGS], threads) for source in SOURCES
         ]
         return link(objects, options, folder)
 
@@ -286,11 +272,10 @@ def programs(side_by_side, tmp_path_factory) -> dict[str, Future[Path]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, side_by_side, tmp_path_factory) -> dict[str, Future]:
-    """What the tests say of each mutant that was selected."""
-    folder = tmp_path_factory.mktemp("quick")
+def outcomes(request, side_by_side, tmp_path_factory) -> Callable[[str], Future]:
+    """What the tests say of a mutant."""
     tests = [
-        side_by_side.submit(compile_one, ROOT / "csrc", source, *QUICK_BUILD, folder)
+        side_by_side.submit(compile_one, ROOT / "csrc", source, *QUICK_BUILD)
         for source in SOURCES
         if source != "kernels"
     ]
@@ -298,15 +283,18 @@ def outcomes(request, side_by_side, tmp_path_factory) -> dict[str, Future]:
     def outcome(mutant: str, folder: Path) -> subprocess.CompletedProcess[str]:
         return outcome_of_mutant(mutant, folder, [test.result() for test in tests])
 
+    def submit(mutant: str) -> Future:
+        return side_by_side.submit(outcome, mutant, tmp_path_factory.mktemp("mutant"))
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Another process takes some of them, and nobody knows yet which.
+        return submit
     selected = [
         item.callspec.params["mutant"]
         for item in request.session.items
         if getattr(item, "originalname", None) == test_mutant_is_caught.__name__
     ]
-    return {
-        mutant: side_by_side.submit(outcome, mutant, tmp_path_factory.mktemp("mutant"))
-        for mutant in selected
-    }
+    return {mutant: submit(mutant) for mutant in selected}.__getitem__
 
 
 @pytest.mark.parametrize("build_name", BUILDS)
@@ -327,7 +315,7 @@ def test_emulation_notices(programs, build_name, rule):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_caught(outcomes, mutant):
-    result = outcomes[mutant].result()
+    result = outcomes(mutant).result()
     if mutant == NO_MUTANT:
         assert result.returncode == 0, result.stdout
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +83,13 @@ def bare_python(tmp_path_factory):
 def installed(tmp_path_factory):
     """The folder that `pip install --target` fills from the sdist, built without isolation."""
     pytest.importorskip("pip")
-    folder = tmp_path_factory.mktemp("installed")
+    with shared_folder(tmp_path_factory, "installed") as (folder, is_new):
+        if is_new:
+            install(folder)
+    return folder / "site"
+
+
+def install(folder):
     tree = folder / "tree"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "_built_with.py")
     shutil.copytree(ROOT, tree, ignore=ignored)
@@ -92,7 +99,6 @@ def installed(tmp_path_factory):
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", folder / "site"]
     result = run(sys.executable, "-m", "pip", "install", *options, sdist)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "site"
 
 
 class TestBuildMessages:
