@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -20,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 STORE = Path(__file__).resolve().parents[1] / "build" / "tests"
 UNUSED_SECONDS = 7 * 24 * 3600
@@ -49,7 +49,13 @@ def object_file(
         for path in sorted(folder.rglob("*"))
         if path.suffix not in (".py", ".pyc")
     ]
-    for part in (_version(compiler()), torch.__version__, *system, *options, *names):
+    for part in (
+        _version(compiler()),
+        importlib.metadata.version("torch"),
+        *system,
+        *options,
+        *names,
+    ):
         place.update(f"{part}\0".encode())
     place.update(_name(source, folders).encode())
     # What the source included when it was last compiled.

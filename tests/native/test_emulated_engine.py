@@ -77,7 +77,8 @@ def run(package_folder: Path, arguments: list[str], **environment: str):
 
 @pytest.mark.parametrize("suite", device_suites(), ids=lambda file: file.stem)
 def test_suite(suite, package_folder):
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not cpu_only"]
+    # Importing the plugin of hypothesis takes as long as many a suite, and adds nothing here.
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-m", "not cpu_only"]
     result = run(package_folder, ["-m", "pytest", *options, str(suite)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 1

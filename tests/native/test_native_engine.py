@@ -72,8 +72,9 @@ def test_python_tests_on_every_instruction_set(instruction_set):
         str(ROOT / "tests/functional" / name)
         for name in ("test_clip_grad_norm.py", "test_family.py", "test_known_bugs.py")
     ]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", *options, *files],
         env={**os.environ, "GRADCLIP_CPU": instruction_set},
         capture_output=True,
         text=True,
