@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def package_folder(tmp_path_factory):
     """A folder with a package gradclip_ext whose _C is the emulated one."""
     # Of torch's own headers: C++17 up to 2.11, C++20 later.
@@ -85,8 +85,6 @@ def test_suite(suite, package_folder):
 
 
 SMALL, LARGE = "[torch.ones(100), torch.ones(7)]", "[torch.ones(1000, 1000), torch.ones(7)]"
-
-
 CALLS = [
     (f"gradclip_ext.clip_grad_norm_(with_grads({SMALL}), 1.0)", 1),
     (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE}), 1.0)", 2),
@@ -100,8 +98,8 @@ CALLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def launches_of_calls(package_folder):
+@pytest.fixture(scope="session")
+def launches_of_calls(package_folder, tmp_path_factory):
     """What a process of its own says at its end for each of CALLS; torch is imported once."""
     code = f"""
 import os, sys
@@ -119,9 +117,12 @@ for call in {[call for call, _ in CALLS]}:
     _, status = os.waitpid(child, 0)
     print("exit status", status, "of", call, file=sys.stderr)
 """
-    result = run(package_folder, ["-c", code], GRADCLIP_COUNT_LAUNCHES="1")
-    assert result.returncode == 0, result.stderr
-    return result.stderr.splitlines()
+    with shared_folder(tmp_path_factory, "launches") as (folder, is_new):
+        if is_new:
+            result = run(package_folder, ["-c", code], GRADCLIP_COUNT_LAUNCHES="1")
+            assert result.returncode == 0, result.stderr
+            (folder / "said").write_text(result.stderr)
+        return (folder / "said").read_text().splitlines()
 
 
 @pytest.mark.parametrize("call, launches", CALLS)
