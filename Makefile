@@ -19,8 +19,13 @@ PACKAGE := $(wildcard gradclip_ext/*.py gradclip_ext/*/*.py gradclip_ext/*.pyi)
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_ENVIRONMENT := $(CUDA_VENV)/.environment
 CUDA_BUILT := $(CUDA_VENV)/.built
+CUDA_TEST_TOOLS := $(CUDA_VENV)/.test-tools
 # Has no folder named gradclip_ext, which Python would import instead of the installed package.
 CUDA_FOLDER := build/cuda
+# One process for each core; who is done takes over half of what another has left.
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
+# Threads of torch that wait for one another leave the core to the other processes.
+PYTEST_SETTINGS := OMP_WAIT_POLICY=passive
 define BE_SURE_OF_CUDA_BUILD
 import gradclip_ext, sys
 from gradclip_ext import _built_with
@@ -45,16 +50,17 @@ demo: $(BUILT)  ## Train the example model with gradient clipping, for STEPS=n s
 	$(BIN)/python examples/char_rnn.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(BUILT)  ## Run all tests.
-	$(BIN)/python -m pytest
+	$(PYTEST_SETTINGS) $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 bench: $(BUILT)  ## Time clipping against torch's; numbers and plots go to build/bench.
 	$(BIN)/python bench/clip.py --output build/bench/clip.json
 	$(BIN)/python bench/plot.py build/bench/clip.json
 
-cuda: $(CUDA_BUILT)  ## Build with the CUDA engine in CUDA_VENV, and test that build on the CPU.
+cuda: $(CUDA_BUILT) $(CUDA_TEST_TOOLS)  ## Build with the CUDA engine in CUDA_VENV, and test that build on the CPU.
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -c "$$BE_SURE_OF_CUDA_BUILD"
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m gradclip_ext
-	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -m pytest -q -m 'not install and not sources' $(CURDIR)/tests
+	cd $(CUDA_FOLDER) && $(PYTEST_SETTINGS) $(CUDA_PYTHON) -m pytest -q $(SIDE_BY_SIDE) \
+	  -m 'not install and not sources' $(CURDIR)/tests
 
 kernels: $(CUDA_ENVIRONMENT)  ## Check what nvcc makes of the CUDA kernels, for every architecture.
 	$(CUDA_PYTHON) tools/check_kernels.py
@@ -106,8 +112,12 @@ $(BUILT): $(ENVIRONMENT) setup.py tools/build_support.py $(CXX_SOURCES)
 $(CUDA_ENVIRONMENT): $(CUDA_VENV)/.torch
 	$(PYTHON) tools/find_cuda.py
 	$(CREATE_ENVIRONMENT)
-	$(CUDA_PYTHON) -m pip install --quiet '$(CUDA_TORCH)' 'setuptools>=70.1' ninja pybind11 \
-	  pytest hypothesis numpy
+	$(CUDA_PYTHON) -m pip install --quiet '$(CUDA_TORCH)' 'setuptools>=70.1' ninja pybind11
+	@touch $@
+
+# By itself, so that another list leaves alone what was built.
+$(CUDA_TEST_TOOLS): $(CUDA_ENVIRONMENT) pyproject.toml
+	$(CUDA_PYTHON) -m pip install --quiet pytest pytest-xdist hypothesis numpy
 	@touch $@
 
 # Installed, not built in place, where the extension of the other environment is.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import suites
 import torch
@@ -11,6 +15,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if suites.folder_of(item.path) in suites.OF_THE_SOURCES:
             item.add_marker(pytest.mark.sources)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_duration_class(items))
+
+
+def _duration_class(items: list[pytest.Item]) -> Callable[[pytest.Item], int]:
+    """Long tests first, so that short ones are left to fill the time of every process.
+
+    Those that compile, install or train are long: the longer, the fewer of them are in a file.
+    """
+    counts = Counter(item.path for item in items)
+
+    def duration_class(item: pytest.Item) -> int:
+        is_long = item.get_closest_marker("sources") or item.get_closest_marker("install")
+        return counts[item.path] if is_long else len(items)
+
+    return duration_class
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

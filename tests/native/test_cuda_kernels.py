@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import linked, object_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests/native"
@@ -217,30 +218,16 @@ MUTANTS = {
 }
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("needs a C++ compiler")
-    return found
-
-
-def compile_one(csrc: Path, source: str, options: list[str], threads: int, folder: Path) -> Path:
+def compile_one(csrc: Path, source: str, options: list[str], threads: int) -> Path:
     """A source with the headers of `csrc`, as an object file."""
-    compiled = folder / f"{Path(source).stem}.o"
     # g++ does not know `pragma unroll`.
-    subprocess.run(
-        [compiler(), *options, "-Wno-unknown-pragmas", "-DGRADCLIP_EMULATION"]
-        + [f"-DGRADCLIP_THREADS={threads}", f"-I{csrc}", f"-I{NATIVE}"]
-        + ["-c", ROOT / source, "-o", compiled],
-        check=True,
-    )
-    return compiled
+    options = [*options, "-Wno-unknown-pragmas", "-DGRADCLIP_EMULATION"]
+    options += [f"-DGRADCLIP_THREADS={threads}"]
+    return object_file(ROOT / source, options, [csrc, NATIVE])
 
 
 def link(objects: list[Path], options: list[str], folder: Path) -> Path:
-    program = folder / "program"
-    subprocess.run([compiler(), *options, "-pthread", *objects, "-o", program], check=True)
-    return program
+    return linked(folder / "program", objects, [*options, "-pthread"])
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -262,7 +249,7 @@ def outcome_of_mutant(
         source = source.replace(old, new)
     file.write_text(source, encoding="utf-8")
     options, threads = MUTANT_BUILD
-    kernels = compile_one(folder / "csrc", KERNELS, options, threads, folder)
+    kernels = compile_one(folder / "csrc", KERNELS, options, threads)
     # First, so that of two copies of an inline function the linker keeps the mutant's.
     return run(link([kernels, *tests], options, folder), "--quick")
 
@@ -281,7 +268,7 @@ def programs(side_by_side, tmp_path_factory) -> dict[str, Future[Path]]:
     def build(name: str, folder: Path) -> Path:
         options, threads = BUILDS[name]
         objects = [
-            compile_one(ROOT / "csrc", source, [*options, *WARNINGS], threads, folder)
+            compile_one(ROOT / "csrc", source, [*options, *WARNINGS], threads)
             for source in [KERNELS, *SOURCES]
         ]
         return link(objects, options, folder)
@@ -294,26 +281,27 @@ def programs(side_by_side, tmp_path_factory) -> dict[str, Future[Path]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, side_by_side, tmp_path_factory) -> dict[str, Future]:
-    """What the tests say of each mutant that was selected."""
-    folder = tmp_path_factory.mktemp("quick")
+def outcomes(request, side_by_side, tmp_path_factory) -> Callable[[str], Future]:
+    """What the tests say of a mutant."""
     tests = [
-        side_by_side.submit(compile_one, ROOT / "csrc", source, *QUICK_BUILD, folder)
-        for source in SOURCES
+        side_by_side.submit(compile_one, ROOT / "csrc", source, *QUICK_BUILD) for source in SOURCES
     ]
 
     def outcome(mutant: str, folder: Path) -> subprocess.CompletedProcess[str]:
         return outcome_of_mutant(mutant, folder, [test.result() for test in tests])
 
+    def submit(mutant: str) -> Future:
+        return side_by_side.submit(outcome, mutant, tmp_path_factory.mktemp("mutant"))
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Another process takes some of them, and nobody knows yet which.
+        return submit
     selected = [
         item.callspec.params["mutant"]
         for item in request.session.items
         if getattr(item, "originalname", None) == test_mutant_is_caught.__name__
     ]
-    return {
-        mutant: side_by_side.submit(outcome, mutant, tmp_path_factory.mktemp("mutant"))
-        for mutant in selected
-    }
+    return {mutant: submit(mutant) for mutant in selected}.__getitem__
 
 
 @pytest.mark.parametrize("build_name", BUILDS)
@@ -334,7 +322,7 @@ def test_emulation_notices(programs, build_name, rule):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_caught(outcomes, mutant):
-    result = outcomes[mutant].result()
+    result = outcomes(mutant).result()
     if mutant == NO_MUTANT:
         assert result.returncode == 0, result.stdout
         return

@@ -10,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import linked, object_file
 
 from gradclip_ext import _C
 
@@ -36,16 +38,15 @@ BUILDS = {
     + ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread sanitizer": ["-std=c++17", "-O1", "-g", "-fsanitize=thread"],
 }
+COMMON = ["-Wall", "-Wextra", "-Werror", "-pthread"]
+FOLDERS = [ROOT / "csrc", ROOT / "tests/native"]
 
 
 def built(build_name, sources, folder):
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    path = folder / "program"
-    options = [*BUILDS[build_name], "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run([compiler, *options, f"-I{ROOT / 'csrc'}", *sources, "-o", path], check=True)
-    return path
+    options = [*BUILDS[build_name], *COMMON]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: object_file(source, options, FOLDERS), sources))
+    return linked(folder / "program", objects, options)
 
 
 @pytest.fixture(scope="module", params=BUILDS)
@@ -92,8 +93,9 @@ def test_python_tests_on_every_instruction_set(instruction_set):
         str(ROOT / "tests/functional" / name)
         for name in ("test_clip_grad_norm.py", "test_family.py", "test_known_bugs.py")
     ]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", *options, *files],
         env={**os.environ, "GRADCLIP_CPU": instruction_set},
         capture_output=True,
         text=True,
@@ -129,21 +131,14 @@ def test_an_unknown_instruction_set_is_an_import_error():
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[1:])
-def test_wide_instructions_stay_in_their_own_kernels(tmp_path, instruction_set):
+def test_wide_instructions_stay_in_their_own_kernels(instruction_set):
     """No function that another file may share is compiled for a wide machine.
 
     A weak symbol exists once in the program, and the linker may keep the copy that only a wide
     machine can run.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
     source = ROOT / f"csrc/cpu/kernels_{instruction_set}.cpp"
-    compiled = tmp_path / "kernels.o"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-c", source, "-o", compiled],
-        check=True,
-    )
+    compiled = object_file(source, [*BUILDS["c++17"], *COMMON], FOLDERS)
     symbols = subprocess.run(
         ["nm", "--demangle", compiled], capture_output=True, text=True, check=True
     ).stdout.splitlines()

@@ -5,12 +5,14 @@ works on copies of that build.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+import compiled
 import pytest
 import torch
 
@@ -82,7 +84,13 @@ def bare_python(tmp_path_factory):
 def installed(tmp_path_factory):
     """The folder that `pip install --target` fills from the sdist, built without isolation."""
     pytest.importorskip("pip")
-    folder = tmp_path_factory.mktemp("installed")
+    with compiled.shared_folder(tmp_path_factory, "installed") as (folder, is_new):
+        if is_new:
+            install(folder)
+    return folder / "site"
+
+
+def install(folder):
     tree = folder / "tree"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "_built_with.py")
     shutil.copytree(ROOT, tree, ignore=ignored)
@@ -90,9 +98,14 @@ def installed(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", folder / "site"]
-    result = run(sys.executable, "-m", "pip", "install", *options, sdist)
+    # Under the name of a compiler that torch knows.
+    compiler = folder / "g++"
+    command = shlex.join([sys.executable, str(ROOT / "tests" / "cached_compiler.py")])
+    real = shlex.quote(compiled.compiler())
+    compiler.write_text(f'#!/bin/sh\nCXX={real} exec {command} "$@"\n')
+    compiler.chmod(0o755)
+    result = run(sys.executable, "-m", "pip", "install", *options, sdist, CXX=compiler)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "site"
 
 
 class TestBuildMessages:
