@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments, _ops
+from gradclip_ext import _arguments, _names, _ops
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
 from gradclip_ext.thresholds import AGC, FixedThreshold, StatelessRule, Threshold
@@ -272,10 +272,10 @@ class GradClipper:
                 f"found {', '.join(sorted(map(str, state))) or 'none'}"
             )
         names, own = tuple(state["names"]), self._collection.names
-        if names != own:
+        if not _names.agree(own, names):
             raise ValueError(
                 "GradClipper: the state is that of another model: expected "
-                f"{_arguments.count_and_first_difference(own, names)}"
+                f"{_arguments.count_and_first_difference(own, _names.without_wrappers(names))}"
             )
         if len(state["rules"]) != len(self._rules):
             raise ValueError(
