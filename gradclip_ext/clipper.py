@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ class ClipReport:
         norms: the norm of each gradient before the last step's clipping; 0 without one.
         total_norm: the norm of all together.
         coefficient: the smallest number that a gradient was multiplied by in the last step.
-        limits: the thresholds of the last step, one for each group; that of a rule with a limit for
-            each parameter is the smallest.
+        limits: the thresholds of the last step, one for each group, ``inf`` for one that is left
+            out; that of a rule with a limit for each parameter is the smallest.
         steps: calls of :meth:`GradClipper.clip_`.
         clipped_steps: those that made a gradient smaller.
         nonfinite_steps: those whose norm was NaN or infinite.
@@ -74,13 +74,16 @@ class _Step:
         total: the norm of all gradients.
         norms: the norm of each.
         is_finite: whether the total is.
-        limits: for each group, of all its gradients together, or of each as a 1-D tensor.
+        ranges: the parameters of each entry of ``max_norm``, empty where they are left out.
+        limits: for each group with parameters, of all its gradients together, or of each as a 1-D
+            tensor.
         coefficients: the same, after the policy.
     """
 
     total: Tensor
     norms: Tensor
     is_finite: bool | Tensor
+    ranges: list[range]
     limits: list[Scalar]
     coefficients: list[Scalar]
 
@@ -100,12 +103,14 @@ class GradClipper:
     :meth:`report` and :meth:`state_dict`.
 
     Args:
-        source: a module, its ``named_parameters()``, parameters, or an optimizer or its
-            ``param_groups``.
+        source: a module, its ``named_parameters()``, parameters, an optimizer, a list of several
+            optimizers, or parameter groups. Of an optimizer with groups pass the optimizer, not its
+            ``param_groups``, which ``optimizer.load_state_dict`` replaces. A parameter that comes
+            twice counts once.
         max_norm: largest norm, positive; or a rule that finds one, such as
             :class:`gradclip_ext.AutoClip`; or a sequence with one of these for each parameter
             group, each group then being clipped by its own norm. With ``inf`` the norms are only
-            measured.
+            measured. A group that is left out has an entry too, which is not used.
         clip_value: largest magnitude of an element, limited after the norm.
         norm_type: order of the norm.
         nonfinite: what to do with a norm that is NaN or infinite. ``"propagate"``: what torch does.
@@ -113,6 +118,9 @@ class GradClipper:
             all gradients become 0. ``"skip"``: they stay as they are, and ``found_inf`` says so.
         weight_decay: coupled L2 regularization, added to the gradients before they are measured,
             in the same pass; see :func:`gradclip_ext.add_weight_decay_`. Give the optimizer none.
+        include: a function of a name and a parameter, asked whenever parameters are collected.
+            Those that it gives False for are neither measured nor changed. The parameters of groups
+            with ``"clip_grad": False`` are left out as well.
 
     Attributes:
         found_inf: 1-element float32 tensor, 1 if the last norm was not finite, else 0. Once handed
@@ -142,9 +150,11 @@ class GradClipper:
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
         weight_decay: float = 0.0,
+        include: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         function = _CALLER.function
-        self._collection = Collection(source, function)
+        include = _arguments.predicate(include, function, "include")
+        self._collection = Collection(source, function, include=include, obeys_groups=True)
         self._norm_type = _arguments.norm_type(norm_type, function)
         self._nonfinite = _arguments.one_of(nonfinite, tuple(_POLICIES), function, "nonfinite")
         if max_norm is None and clip_value is None:
@@ -165,6 +175,7 @@ class GradClipper:
                 f"{function}: nonfinite='skip' leaves the gradients as they are, which only a GPU "
                 "would know in time; it cannot be combined with clip_value or AGC"
             )
+        self._callers = self._callers_of_groups()
         self._steps = 0
         # On a GPU they become tensors there, which are read only when somebody asks.
         self._clipped_steps: int | Tensor = 0
@@ -189,16 +200,20 @@ class GradClipper:
             RuntimeError: the norm is not finite and the policy is ``"raise"``.
             ValueError: there are other parameters than before, and a rule has limits for each.
         """
-        self._collection.refresh()
+        if self._collection.refresh():
+            self._callers = self._callers_of_groups()
         parameters = self._collection.parameters
-        ranges = self._ranges()
+        all_ranges = self._ranges()
+        # A group whose parameters are left out has nothing to measure, and its rule nothing to do.
+        rules = [rule for rule, own in zip(self._rules, all_ranges, strict=True) if own]
+        ranges = [own for own in all_ranges if own]
         groups = [parameters[own.start : own.stop] for own in ranges]
         if self._nonfinite == "raise" and self._weight_decay > 0.0:
             # Before anything is added: an error leaves the gradients as they were.
             self._require_finite(_ops.grad_norms(parameters, self._norm_type, None, _CALLER)[0])
         measured = [
-            _ops.grad_norms(group, self._norm_type, None, _CALLER, self._weight_decay)
-            for group in groups
+            _ops.grad_norms(group, self._norm_type, None, caller, self._weight_decay)
+            for group, caller in zip(groups, self._callers, strict=True)
         ]
         total, norms = measured[0] if len(measured) == 1 else self._together(measured)
         if self._nonfinite == "raise":
@@ -206,21 +221,19 @@ class GradClipper:
 
         numbers = [_ops.known(group_total) for group_total, _ in measured]
         known_total = numbers[0] if len(numbers) == 1 else _ops.known(total)
-        step = _Step(total, norms, _ops.isfinite(known_total), [], [])
-        for rule, number, (group_total, group_norms) in zip(
-            self._rules, numbers, measured, strict=True
-        ):
+        step = _Step(total, norms, _ops.isfinite(known_total), all_ranges, [], [])
+        for rule, number, (group_total, group_norms) in zip(rules, numbers, measured, strict=True):
             limit: Scalar = rule.limits(group_total, group_norms)
             if rule.per_parameter:
                 self._decide(step, limit, group_norms, rule.epsilon)
             else:
                 self._decide(step, _ops.known(limit), number, rule.epsilon)
         # These first, since they may refuse a gradient.
-        for rule, own, group in zip(self._rules, ranges, groups, strict=True):
+        for rule, own, group in zip(rules, ranges, groups, strict=True):
             if isinstance(rule, AGC):
                 names = self._collection.names[own.start : own.stop]
                 rule.clip_(zip(names, group, strict=True))
-        for rule, group, coefficient in zip(self._rules, groups, step.coefficients, strict=True):
+        for rule, group, coefficient in zip(rules, groups, step.coefficients, strict=True):
             self._scale(rule, group, coefficient, total.device)
         if self._clip_value is not None:
             _ops.clip_grad_value_(
@@ -238,12 +251,13 @@ class GradClipper:
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
         step = self._last
+        limits = iter(step.limits)
         return ClipReport(
             names=self._collection.names,
             norms=tuple(step.norms.tolist()),
             total_norm=step.total.item(),
             coefficient=min(_smallest(coefficient) for coefficient in step.coefficients),
-            limits=tuple(_smallest(limit) for limit in step.limits),
+            limits=tuple(_smallest(next(limits)) if own else math.inf for own in step.ranges),
             steps=self._steps,
             clipped_steps=int(self._clipped_steps),
             nonfinite_steps=int(self._nonfinite_steps),
@@ -327,6 +341,15 @@ class GradClipper:
                 f"expected {len(self._rules)}, as many as entries of max_norm"
             )
         return self._collection.groups
+
+    def _callers_of_groups(self) -> list[_ops.Caller]:
+        """How messages name the parameters of each group that has some."""
+        names = self._collection.names
+        return [
+            _ops.Caller(_CALLER.function, names=names[own.start : own.stop])
+            for own in self._ranges()
+            if own
+        ]
 
     def _together(self, measured: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The norm of all groups, and the norms of all gradients, where the first group lies."""
