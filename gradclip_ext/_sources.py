@@ -185,8 +185,10 @@ def _groups_of(owner: Any) -> Sequence[Any] | None:
         return owner
     for _ in range(_DEEPEST_WRAPPER):
         groups = getattr(owner, "param_groups", None)
-        if groups is not None:
-            return groups if isinstance(groups, (list, tuple)) else list(groups)
+        if isinstance(groups, (list, tuple)):
+            return groups
+        if isinstance(groups, Iterable):
+            return list(groups)
         owner = getattr(owner, "optimizer", None)
         if owner is None:
             break

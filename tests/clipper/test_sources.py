@@ -408,11 +408,13 @@ class TestWrappedOptimizers:
         wrapper.optimizer = sgd([parameter(4.0)])
         assert clipper.clip_().item() == 4.0
 
-    def test_wrapped_in_itself(self):
-        wrapper = WithOptimizer(None)
-        wrapper.optimizer = wrapper
-        with pytest.raises(TypeError, match="expected a module"):
-            GradClipper(wrapper, 1.0)
+    def test_nothing_that_has_groups(self):
+        in_itself, number = WithOptimizer(None), WithOptimizer(None)
+        in_itself.optimizer = in_itself
+        number.param_groups = 5
+        for wrapper in (in_itself, number, WithOptimizer("adam"), torch.optim.SGD):
+            with pytest.raises(TypeError, match="expected a module, named or plain parameters"):
+                GradClipper(wrapper, 1.0)
 
 
 class TestModules:
