@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["agree", "default_names", "unique", "without_wrappers"]
 
@@ -25,8 +26,11 @@ def without_wrappers(names: Sequence[str]) -> tuple[str, ...]:
     """The names of a model's parameters as if nothing wrapped it.
 
     ``module.`` is left out at the beginning and only if all names begin with it: elsewhere it may
-    be a submodule of the user. Names that would become equal stay as they are.
+    be a submodule of the user. Names that would become equal stay as they are, as do lists with
+    anything but text.
     """
+    if not _are_names(names):
+        return tuple(names)
     shorter = [_without(name, _WRAPPED) for name in names]
     prefix = f"{_MODULE}."
     while shorter and all(name.startswith(prefix) for name in shorter):
@@ -59,14 +63,18 @@ def agree(names: Sequence[str], others: Sequence[str]) -> bool:
     A part ``module`` in the middle may be a wrapper of a submodule or the user's own; here it does
     not count, as long as all names stay apart without it.
     """
-    if len(names) != len(others):
-        return False
     one, other = without_wrappers(names), without_wrappers(others)
-    return one == other or _without_module(one) == _without_module(other)
+    return one == other or _without_inner_module(one) == _without_inner_module(other)
 
 
-def _without_module(names: Sequence[str]) -> tuple[str, ...]:
-    shorter = [_without(name, frozenset({_MODULE})) for name in names]
+def _without_inner_module(names: Sequence[str]) -> tuple[str, ...]:
+    if not _are_names(names):
+        return tuple(names)
+    shorter = []
+    for name in names:
+        # Not the first part: a wrapper of everything has been left out before.
+        first, dot, rest = name.partition(".")
+        shorter.append(first + dot + _without(rest, frozenset({_MODULE})))
     return tuple(shorter if len(set(shorter)) == len(shorter) else names)
 
 
@@ -76,6 +84,10 @@ def _without(name: str, parts: frozenset[str]) -> str:
         return name
     # Never the last part, which is the parameter itself.
     return ".".join([*(part for part in path.split(".") if part not in parts), last])
+
+
+def _are_names(names: Sequence[Any]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 def _unless_equal(shorter: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -151,7 +151,10 @@ class _GroupsReading(Reading):
             raise ValueError(f"{function}: {place} has no parameters")
         entries = _entries(parameters, f"{place}['params']", function)
         # Parameters that were added to the list by hand have no entry there.
-        for index, name in enumerate(list(group.get("param_names") or ())[: len(entries)]):
+        names = group.get("param_names")
+        if not isinstance(names, (list, tuple)):
+            names = ()
+        for index, name in enumerate(names[: len(entries)]):
             if isinstance(name, str):
                 entries[index] = entries[index]._replace(name=name)
         self.wishes.append((f"{place}['{CLIP_KEY}']", group.get(CLIP_KEY)))

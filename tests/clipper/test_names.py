@@ -121,7 +121,9 @@ def test_a_state_that_was_saved_with_the_parts_of_wrappers(names):
         (["0.weight", "0.bias", "3.weight"], "a parameter '2.weight', found '3.weight'"),
         (["module.0.weight", "module.0.bias", "module.2.bias"], "'2.weight', found '2.bias'"),
         (["0.bias", "0.weight", "2.weight"], "a parameter '0.weight', found '0.bias'"),
+        (["module.0.weight", "0.bias", "2.weight"], "'0.weight', found 'module.0.weight'"),
         (["_orig_mod.0.weight", "_orig_mod.0.bias"], "3 parameters, found 2"),
+        ([1, 2, 3], "a parameter '0.weight', found 1"),
     ],
 )
 def test_another_model_is_refused(names, difference):
@@ -199,6 +201,8 @@ def test_param_names_that_are_short_or_no_names():
     expected = ("a", "groups[0]['params'][1]", "groups[0]['params'][2]")
     assert grad_norms([group]).names == expected
     assert GradClipper([group], 1.0)._collection.names == expected
+    group["param_names"] = 7
+    assert grad_norms([group]).names == ("groups[0]['params'][0]", *expected[1:])
     group["param_names"] = ["a", None, "c", "d"]
     assert grad_norms([group]).names == ("a", "groups[0]['params'][1]", "c")
     optimizer = torch.optim.SGD(nn.Linear(2, 2).named_parameters(), lr=0.1)
