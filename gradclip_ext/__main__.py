@@ -1,6 +1,7 @@
-"""``python -m gradclip_ext``: what is installed, how it was built, and a self-check against torch.
+"""``gradclip-ext``: what is installed, how it was built, and a self-check against torch.
 
-Exits with 1 when a check fails, so that a Dockerfile or a job script can rely on it.
+The same as ``python -m gradclip_ext``, which in a clone would import the source folder. Exits with
+1 when a check fails, so that a Dockerfile or a job script can rely on it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Every error names the function, the argument and the index, what was expected an
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import types
@@ -149,27 +150,50 @@ def one_of(value: Any, choices: Sequence[str], function: str, argument: str) -> 
     return str(value)
 
 
+def yes_or_no(value: Any, function: str, argument: str) -> bool:
+    """A bool, or what equals one: of NumPy, 0 or 1."""
+    try:
+        is_either = not isinstance(value, Tensor) and value in (True, False)
+    except ValueError:  # an array, which is neither as a whole
+        is_either = False
+    if not is_either:
+        raise TypeError(f"{function}: {argument} has to be True or False, found {describe(value)}")
+    return bool(value)
+
+
+def predicate(value: Any, function: str, argument: str) -> Callable[[str, Tensor], bool] | None:
+    """None, or something to call with the name of a parameter and the parameter."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{function}: {argument} has to be a function of a name and a parameter, "
+            f"found {describe(value)}"
+        )
+    return value  # type: ignore[no-any-return]
+
+
 def clip_bound(value: Any, function: str, argument: str) -> float:
     """``max_norm`` or ``clip_value`` of a clipper: a number greater than 0, infinity included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = _known_number(value)
+    if number is None or isinstance(value, bool):
         raise TypeError(
             f"{function}: {argument} has to be a number or a rule such as AutoClip(), "
             f"found {describe(value)}"
         )
     # Written so that NaN fails.
-    if not value > 0.0:
+    if not number > 0.0:
         raise ValueError(f"{function}: {argument} has to be a positive number, found {value}")
-    return float(value)
+    return number
 
 
 def weight_decay(value: Any, function: str) -> float:
-    """``weight_decay`` of a clipper: finite and not negative."""
-    if not (isinstance(value, (int, float)) and 0.0 <= value < float("inf")):
+    """``weight_decay`` of a clipper, not negative and finite."""
+    number = _known_number(value)
+    if number is None or not 0.0 <= number < math.inf:
         raise ValueError(
             f"{function}: weight_decay has to be a finite number that is not negative, "
             f"found {value!r}"
         )
-    return float(value)
+    return number
 
 
 def state_keys(state: Any, required: set[str], optional: set[str], function: str) -> None:
@@ -291,16 +315,45 @@ def _number(value: Any, function: str, argument: str) -> float:
         ) from error
 
 
+def _known_number(value: Any) -> float | None:
+    """A number of any type that needs no device sync to be read, else None: no strings.
+
+    Python's bool is a number here, that of NumPy or torch is none.
+    """
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if not is_number or value.device.type != "cpu":
+            return None
+        value = value.detach()
+    elif not isinstance(value, numbers.Real) and (
+        # Decimal and arrays of one number, but nothing that would lose its imaginary part.
+        isinstance(value, (str, numbers.Complex))
+        or not hasattr(type(value), "__float__")
+        or _is_bool_or_complex(value)
+    ):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _is_bool_or_complex(value: Any) -> bool:
+    """Whether it is of NumPy and of a kind that is no real number."""
+    return getattr(getattr(value, "dtype", None), "kind", "") in ("b", "c")
+
+
 def _setting(
     value: Any, function: str, argument: str, expected: str, accepts: Callable[[float], bool]
 ) -> float:
     """A number for the constructor of a rule."""
-    # Stricter than float(), which would sync on a tensor and parse a string.
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    # No tensor: a rule is made before the step, where a number may still be on its way.
+    number = None if isinstance(value, (bool, Tensor)) else _known_number(value)
+    if number is None:
         raise TypeError(f"{function}: {argument} has to be {expected}, found {value!r}")
-    if not accepts(float(value)):
+    if not accepts(number):
         raise ValueError(f"{function}: {argument} has to be {expected}, found {value}")
-    return float(value)
+    return number
 
 
 def nonfinite_error(

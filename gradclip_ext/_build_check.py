@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
+import sys
 import sysconfig
+from collections.abc import Iterable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,18 +76,40 @@ def problem(
             expected = "one beside gradclip_ext/_built_with.py"
         else:
             return None
-    return (
-        "gradclip_ext cannot be loaded.\n"
-        f"  found:    {found}\n"
-        f"  expected: {expected}\n"
-        f"  run:      {build_command}"
+    return _text(found, expected, build_command)
+
+
+def hidden_install(folder: Path, paths: Iterable[str]) -> Path | None:
+    """Returns the package, built for this interpreter, that another one in `folder` hides."""
+    for path in paths:
+        package = Path(path or ".").resolve() / "gradclip_ext"
+        if package.parent == folder or not (package / "_built_with.py").is_file():
+            continue
+        if any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+            return package
+    return None
+
+
+def hidden_problem(folder: Path, hidden: Path) -> str:
+    """Returns what to do where the source folder is imported in place of what is installed."""
+    return _text(
+        f"no compiled gradclip_ext._C in {_quoted(folder / 'gradclip_ext')}, "
+        f"which hides the one installed in {_quoted(hidden)}",
+        f"the installed one, imported from another folder than {_quoted(folder)}",
+        f"gradclip-ext    (in place of python -m gradclip_ext; for other programs: "
+        f"{build_command(folder)})",
     )
 
 
 def check() -> None:
     """Raises ImportError if loading `_C` would fail, with the command that fixes it."""
     has_extension = importlib.util.find_spec("gradclip_ext._C") is not None
-    message = problem(built_with(), installed(), has_extension, build_command(_SOURCE_FOLDER))
+    built = built_with()
+    message = problem(built, installed(), has_extension, build_command(_SOURCE_FOLDER))
+    if built is None or not has_extension:
+        hidden = hidden_install(_SOURCE_FOLDER, sys.path)
+        if hidden is not None:
+            message = hidden_problem(_SOURCE_FOLDER, hidden)
     if message is not None:
         raise ImportError(message, name="gradclip_ext._C")
 
@@ -91,8 +117,22 @@ def check() -> None:
 def build_command(folder: Path) -> str:
     """Returns the command that builds the package in `folder`."""
     if (folder / "setup.py").is_file():
-        return f"pip install -e {folder}"
+        return f"pip install -e {_quoted(folder)}"
     return "pip install --force-reinstall --no-deps .    (in the source folder of gradclip_ext)"
+
+
+def _text(found: str, expected: str, command: str) -> str:
+    return (
+        "gradclip_ext cannot be loaded.\n"
+        f"  found:    {found}\n"
+        f"  expected: {expected}\n"
+        f"  run:      {command}"
+    )
+
+
+def _quoted(path: Path) -> str:
+    """Returns a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _compared(facts: BuildFacts) -> tuple[str, ...]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradclip_ext import _C, _arguments
+from gradclip_ext import _arguments, _names, _sources
+from gradclip_ext._sources import CLIP_KEY, Entry, Reading
 
-
-@functools.lru_cache(maxsize=16)
-def default_names(count: int) -> tuple[str, ...]:
-    """Names for parameters that were passed without any."""
-    return tuple(f"parameters[{index}]" for index in range(count))
+__all__ = ["Collection"]
 
 
 class Collection:
@@ -25,116 +21,104 @@ class Collection:
     cached, together with the containers it was read from: while these hold the same objects,
     nothing has changed.
 
+    Args:
+        source: a module; named or plain parameters; an optimizer, an object that wraps one, or
+            several of these; or parameter groups.
+        function: what messages call the function.
+        include: asked for each name and parameter whether it is wanted.
+        obeys_groups: whether the parameters of groups with ``"clip_grad": False`` are left out.
+
     Attributes:
-        names: the name of each parameter.
-        parameters: the parameters, in the order of the source.
-        groups: the range of each group's parameters; a single range if there are no groups.
+        names: what to call each parameter, each name once, without the parts that wrappers add.
+        parameters: the parameters, each of them once, where it came first.
+        groups: for each group the range of its parameters, empty where all are left out or belong
+            to groups before; a single one where there are no groups.
     """
 
-    def __init__(self, source: Any, function: str) -> None:
+    names: tuple[str, ...]
+    parameters: list[Tensor]
+    groups: list[range]
+
+    def __init__(
+        self,
+        source: Any,
+        function: str,
+        *,
+        include: Callable[[str, Tensor], bool] | None = None,
+        obeys_groups: bool = False,
+    ) -> None:
         self._function = function
-        # Made a list, since an iterator can be read only once.
-        self._source = source if _is_watched(source) else _listed(source, function)
+        self._include = include
+        self._obeys_groups = obeys_groups
+        self._source = _sources.prepare(source, function)
         self._collect()
 
     def refresh(self) -> bool:
-        """Read the source again if it has changed; return whether its parameters have."""
-        if _C.hold_exactly(self._containers, self._expected) and self._groups_are_the_same():
+        """Read the source anew if it has changed.
+
+        Returns:
+            Whether that gave other parameters, names or groups. After an error all are as before.
+        """
+        if self._reading.is_current():
             return False
-        before = self.parameters
+        names, groups, parameters = self.names, self.groups, self.parameters
         self._collect()
-        return len(before) != len(self.parameters) or any(
-            one is not other for one, other in zip(before, self.parameters, strict=True)
+        return (
+            (names, groups) != (self.names, self.groups)
+            or len(parameters) != len(self.parameters)
+            or any(one is not other for one, other in zip(parameters, self.parameters, strict=True))
         )
 
     def _collect(self) -> None:
-        self._containers: list[Any] = []
-        self._group_lists: list[list[Any]] = []
-        source = self._source
-        if isinstance(source, torch.nn.Module):
-            pairs: list[tuple[str, Tensor]] = list(source.named_parameters())
-            self.groups = [range(len(pairs))]
-            for module in source.modules():
-                self._containers += [module._parameters, module._modules]
-        elif isinstance(source, torch.optim.Optimizer):
-            pairs = self._collect_groups(source.param_groups)
-        elif source and isinstance(source[0], dict):
-            pairs = self._collect_groups(source)
-        else:
-            pairs = [self._pair(item, index) for index, item in enumerate(source)]
-            self.groups = [range(len(pairs))]
-        self._expected = tuple(
-            item
-            for container in self._containers
-            for item in (container.values() if isinstance(container, dict) else container)
-        )
+        reading = _sources.read(self._source, self._function)
+        groups = _each_once(reading.groups)
+        names = iter(_names_of([entry for group in groups for entry in group]))
+        wanted: list[list[tuple[str, Tensor]]] = []
+        for number, group in enumerate(groups):
+            named = [(next(names), entry.parameter) for entry in group]
+            wanted.append(self._wanted(named) if self._wants_group(reading, number) else [])
+        pairs = [pair for group in wanted for pair in group]
+        if not pairs:
+            raise ValueError(
+                f"{self._function}: all parameters are left out, by '{CLIP_KEY}': False in their "
+                "groups or by include"
+                if any(groups)
+                else f"{self._function}: there are no parameters in what was passed"
+            )
+        # The first change is the last, so that an error leaves all as it was.
+        ends = list(itertools.accumulate(map(len, wanted), initial=0))
+        self.groups = [range(begin, end) for begin, end in itertools.pairwise(ends)]
         self.names = tuple(name for name, _ in pairs)
         self.parameters = [parameter for _, parameter in pairs]
-        if not self.parameters:
-            raise ValueError(f"{self._function}: there are no parameters in what was passed")
+        self._reading = reading
 
-    def _collect_groups(self, groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
-        pairs: list[tuple[str, Tensor]] = []
-        self.groups = []
-        self._containers.append(groups)
-        for number, group in enumerate(groups):
-            if not isinstance(group, dict) or "params" not in group:
-                raise TypeError(
-                    f"{self._function}: groups[{number}] has to be a dict with the key 'params', "
-                    f"found {_arguments.describe(group)}"
-                )
-            # Turned into a list, as optimizers do.
-            parameters = group["params"]
-            if isinstance(parameters, Tensor):
-                parameters = [parameters]
-            elif not isinstance(parameters, list):
-                parameters = group["params"] = list(parameters)
-            if not parameters:
-                raise ValueError(f"{self._function}: groups[{number}] has no parameters")
-            if isinstance(group["params"], list):
-                self._containers.append(parameters)
-            self._group_lists.append(group["params"])
-            names = group.get("param_names")
-            begin = len(pairs)
-            for index, item in enumerate(parameters):
-                name, parameter = self._pair(item, index, f"groups[{number}]['params']")
-                pairs.append((names[index] if names else name, parameter))
-            self.groups.append(range(begin, len(pairs)))
-        return pairs
-
-    def _groups_are_the_same(self) -> bool:
-        """Whether no group was given a new list: the old one would still look unchanged."""
-        if not self._group_lists:
+    def _wants_group(self, reading: Reading, number: int) -> bool:
+        if not self._obeys_groups or not reading.wishes:
             return True
-        source = self._source
-        groups = source.param_groups if isinstance(source, torch.optim.Optimizer) else source
-        return all(
-            group["params"] is known for group, known in zip(groups, self._group_lists, strict=True)
-        )
+        place, wish = reading.wishes[number]
+        return wish is None or _arguments.yes_or_no(wish, self._function, place)
 
-    def _pair(self, item: Any, index: int, argument: str = "parameters") -> tuple[str, Tensor]:
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            name, item = item
-        else:
-            name = f"{argument}[{index}]"
-        if not isinstance(item, Tensor):
-            raise _arguments.item_error(item, self._function, argument, index)
-        return name, item
+    def _wanted(self, group: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        include = self._include
+        return group if include is None else [pair for pair in group if include(*pair)]
 
 
-def _is_watched(source: Any) -> bool:
-    """Whether the source may hold other parameters later, and can be read again."""
-    if isinstance(source, (torch.nn.Module, torch.optim.Optimizer)):
-        return True
-    return isinstance(source, list) and bool(source) and isinstance(source[0], dict)
+def _each_once(groups: list[list[Entry]]) -> list[list[Entry]]:
+    """The groups with each parameter only where it comes first."""
+    seen: set[int] = set()
+    result: list[list[Entry]] = []
+    for group in groups:
+        first: dict[int, Entry] = {}
+        for entry in group:
+            if id(entry.parameter) not in seen:
+                first.setdefault(id(entry.parameter), entry)
+        seen.update(first)
+        result.append(list(first.values()))
+    return result
 
 
-def _listed(source: Any, function: str) -> list[Any]:
-    if isinstance(source, Tensor):
-        return [source]
-    if isinstance(source, (str, dict)) or not isinstance(source, Iterable):
-        raise TypeError(
-            f"{function}: expected a module, named or plain parameters, an optimizer or its "
-            f"parameter groups, found {_arguments.describe(source)}"
-        )
-    return list(source)
+def _names_of(entries: list[Entry]) -> tuple[str, ...]:
+    named = iter(
+        _names.without_wrappers([entry.name for entry in entries if entry.name is not None])
+    )
+    return _names.unique([entry.place if entry.name is None else next(named) for entry in entries])

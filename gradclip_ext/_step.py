@@ -17,9 +17,16 @@ from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._ops import Scalar
-from gradclip_ext.thresholds import AGC, Rule, StatelessRule, Threshold, TimesLimit
+from gradclip_ext.thresholds import (
+    AGC,
+    FixedThreshold,
+    Rule,
+    StatelessRule,
+    Threshold,
+    TimesLimit,
+)
 
-__all__ = ["POLICIES", "Group", "Settings", "Step", "places_of"]
+__all__ = ["POLICIES", "Group", "Settings", "Step", "name_of", "places_of", "read_rules"]
 
 # What to do with a norm that is not finite, and the coefficient that does it, if one does.
 POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
@@ -56,18 +63,22 @@ class Step:
     """What a step measured and decided: numbers known on the host, or tensors on the device.
 
     Attributes:
+        groups: all groups, those without parameters included.
         total: the norm of all gradients together.
         norms: the norm of each gradient, a 1-D tensor.
         is_finite: whether the total is finite.
         skips: whether the update is to be skipped.
-        limits: for each group, one for all its gradients together, or a 1-D tensor with one each.
+        limits: for each group with parameters, one for all its gradients together, or a 1-D tensor
+            with one each.
         coefficients: likewise, with the policy applied; after :meth:`write` also the smallest ones
             of units and elements.
     """
 
     def __init__(self, settings: Settings, groups: Sequence[Group]) -> None:
         self._settings = settings
-        self._groups = groups
+        self.groups = groups
+        # A group whose parameters are all left out has nothing to measure, and its rule no limit.
+        self._groups = [group for group in groups if group.names]
         self.limits: list[Scalar] = []
         self.coefficients: list[Scalar] = []
         self._measured = self._measure()
@@ -228,6 +239,39 @@ class Step:
         return _arguments.nonfinite_error(
             self._settings.norm_type, [grad for _, grad in pairs], [name for name, _ in pairs]
         )
+
+
+def read_rules(max_norm: Any, groups: int) -> list[Threshold]:
+    """``max_norm`` of a clipper as rules: one for all, or one for each of the groups."""
+    if not isinstance(max_norm, (list, tuple)):
+        return [_rule(max_norm, "max_norm")]
+    if len(max_norm) != groups:
+        raise ValueError(
+            f"GradClipper: max_norm has to have one entry for each of the {groups} parameter "
+            f"groups, found {len(max_norm)}"
+        )
+    rules = [_rule(rule, f"max_norm[{place}]") for place, rule in enumerate(max_norm)]
+    places: dict[int, int] = {}
+    for place, rule in enumerate(rules):
+        first = places.setdefault(id(rule), place)
+        if first != place and not isinstance(rule, StatelessRule):
+            raise ValueError(
+                f"GradClipper: max_norm[{first}] and max_norm[{place}] are the same "
+                f"{name_of(rule)} object, which would mix the histories of two groups; pass one "
+                "object for each"
+            )
+    return rules
+
+
+def _rule(value: Any, argument: str) -> Threshold:
+    if isinstance(value, Threshold):
+        return value
+    return FixedThreshold(_arguments.clip_bound(value, "GradClipper", argument))
+
+
+def name_of(rule: Threshold) -> str:
+    """What messages call a rule."""
+    return "float" if isinstance(rule, FixedThreshold) else type(rule).__name__
 
 
 def places_of(known: Group, group: Group) -> list[int | None]:

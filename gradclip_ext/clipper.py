@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments, _counters
+from gradclip_ext import _arguments, _counters, _names
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
-from gradclip_ext._step import POLICIES, Group, Settings, Step, places_of
+from gradclip_ext._step import (
+    POLICIES,
+    Group,
+    Settings,
+    Step,
+    name_of,
+    places_of,
+    read_rules,
+)
 from gradclip_ext.thresholds import (
     AGC,
-    FixedThreshold,
     Rule,
     StatelessRule,
     Threshold,
@@ -37,8 +44,8 @@ class ClipReport:
         norms: the norm of each gradient before the last step's clipping; 0 without a gradient.
         total_norm: the norm of all gradients together.
         coefficient: the smallest coefficient of the last step; 1 if no limit took effect.
-        limits: the limits of the last step, one for each group; the smallest one of a rule with a
-            limit for each parameter.
+        limits: the limits of the last step, one for each group, ``inf`` for one that is left out;
+            the smallest one of a rule with a limit for each parameter.
         steps: calls of :meth:`GradClipper.clip_`.
         clipped_steps: those with a finite norm and a coefficient below 1.
         nonfinite_steps: those whose norm was NaN or infinite.
@@ -81,11 +88,13 @@ class GradClipper:
     :meth:`report`, :meth:`state_dict` and :meth:`load_state_dict`.
 
     Args:
-        source: a module, its ``named_parameters()``, parameters, or an optimizer or its
-            ``param_groups``.
+        source: a module, its ``named_parameters()``, parameters, an optimizer, a list of several
+            optimizers, or parameter groups. Pass the optimizer rather than its ``param_groups``,
+            which ``optimizer.load_state_dict`` replaces. A parameter that comes twice counts once.
         max_norm: largest norm, positive; or a rule that gives a limit, such as
             :class:`gradclip_ext.AutoClip`; or a sequence with one of these for each parameter
             group, which is then clipped by its own norm. With ``inf`` the norms are only measured.
+            A group that is left out has an entry too, which is not used.
         clip_value: largest magnitude of an element; clamped after the norm is clipped.
         norm_type: type of the p-norm.
         nonfinite: what to do with a norm that is NaN or infinite. ``"propagate"``: what torch does.
@@ -95,6 +104,14 @@ class GradClipper:
         weight_decay: coupled L2 regularization, added to the gradients before they are measured,
             in the same pass; see :func:`gradclip_ext.add_weight_decay_`. Leave that of the
             optimizer at 0.
+        include: a function of a name and a parameter, called whenever parameters are collected.
+            Those for which it returns False are neither measured nor changed. The parameters of
+            groups with ``"clip_grad": False`` are left out as well.
+        skip_above: skip a step whose finite norm is above this number, or above a multiple of its
+            limit, :class:`gradclip_ext.TimesLimit`: its gradients stay as they are, and
+            ``found_inf`` becomes 1.
+        max_skips_in_a_row: how many steps may be skipped one right after another before
+            :meth:`report` and :meth:`state_dict` raise. Can be changed later.
 
     Attributes:
         found_inf: float32 tensor of shape ``(1,)``, 1 if the last norm was not finite, else 0.
@@ -127,8 +144,10 @@ class GradClipper:
         weight_decay: float = 0.0,
         skip_above: float | TimesLimit | None = None,
         max_skips_in_a_row: int | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
-        self._collection = Collection(source, _FUNCTION)
+        include = _arguments.predicate(include, _FUNCTION, "include")
+        self._collection = Collection(source, _FUNCTION, include=include, obeys_groups=True)
         norm_type = _arguments.norm_type(norm_type, _FUNCTION)
         _arguments.one_of(nonfinite, tuple(POLICIES), _FUNCTION, "nonfinite")
         if max_norm is None and clip_value is None:
@@ -136,7 +155,8 @@ class GradClipper:
                 f"{_FUNCTION}: there is nothing to do; pass max_norm (inf measures only), "
                 "clip_value or both"
             )
-        self._rules = self._read_rules(math.inf if max_norm is None else max_norm)
+        groups = len(self._collection.groups)
+        self._rules = read_rules(math.inf if max_norm is None else max_norm, groups)
         self._has_own_rules = not all(isinstance(r, (Rule, StatelessRule)) for r in self._rules)
         if clip_value is not None:
             clip_value = _arguments.clip_bound(clip_value, _FUNCTION, "clip_value")
@@ -221,12 +241,15 @@ class GradClipper:
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
         step, numbers = self._last, self._read_counters()
+        limits = iter(step.limits)
         return ClipReport(
             names=step.names,
             norms=tuple(step.norms.tolist()),
             total_norm=float(step.total),
             coefficient=min(_smallest(coefficient) for coefficient in step.coefficients),
-            limits=tuple(_smallest(limit) for limit in step.limits),
+            limits=tuple(
+                _smallest(next(limits)) if group.names else math.inf for group in step.groups
+            ),
             steps=numbers["steps"],
             clipped_steps=numbers["clipped_steps"],
             nonfinite_steps=numbers["nonfinite_steps"],
@@ -259,10 +282,10 @@ class GradClipper:
         required |= {"names", "rules"}
         _arguments.state_keys(state, required, optional, _FUNCTION)
         names, own = tuple(state["names"]), self._collection.names
-        if names != own:
+        if not _names.agree(own, names):
             raise ValueError(
                 f"{_FUNCTION}: the state is that of another model: expected "
-                f"{_arguments.count_and_first_difference(own, names)}"
+                f"{_arguments.count_and_first_difference(own, _names.without_wrappers(names))}"
             )
         numbers = _counters.read(state, _FUNCTION)
         states = state["rules"]
@@ -275,7 +298,7 @@ class GradClipper:
             if isinstance(rule, StatelessRule) != (own_state is None):
                 known = own_state.get("rule") if isinstance(own_state, Mapping) else own_state
                 raise ValueError(
-                    f"{_FUNCTION}: the state is that of other rules: expected {_name_of(rule)}, "
+                    f"{_FUNCTION}: the state is that of other rules: expected {name_of(rule)}, "
                     f"found {known}"
                 )
         before = self._states_of_rules()
@@ -308,27 +331,6 @@ class GradClipper:
             if state is not None:
                 rule.load_state_dict(state)
 
-    def _read_rules(self, max_norm: Any) -> list[Threshold]:
-        if not isinstance(max_norm, (list, tuple)):
-            return [_rule(max_norm, "max_norm")]
-        groups = len(self._collection.groups)
-        if len(max_norm) != groups:
-            raise ValueError(
-                f"GradClipper: max_norm has to have one entry for each of the {groups} parameter "
-                f"groups, found {len(max_norm)}"
-            )
-        rules = [_rule(rule, f"max_norm[{i}]") for i, rule in enumerate(max_norm)]
-        places: dict[int, int] = {}
-        for place, rule in enumerate(rules):
-            first = places.setdefault(id(rule), place)
-            if first != place and not isinstance(rule, StatelessRule):
-                raise ValueError(
-                    f"GradClipper: max_norm[{first}] and max_norm[{place}] are the same "
-                    f"{_name_of(rule)} object, which would mix the histories of two groups; pass "
-                    "one object for each"
-                )
-        return rules
-
     def _read_groups(self) -> list[Group]:
         names, parameters = self._collection.names, self._collection.parameters
         return [
@@ -346,7 +348,7 @@ class GradClipper:
                 continue
             if not hasattr(group.rule, "rearrange"):
                 raise ValueError(
-                    f"{_FUNCTION}: the rule {_name_of(group.rule)} has limits for each parameter "
+                    f"{_FUNCTION}: the rule {name_of(group.rule)} has limits for each parameter "
                     "and cannot follow others; give it a method rearrange, as Threshold describes, "
                     "or pass a new clipper"
                 )
@@ -372,16 +374,6 @@ def _flag(device: torch.device) -> Tensor:
     # Float32 and not an inference tensor, whatever is active: torch's optimizers ask for that.
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.float32, device=device)
-
-
-def _rule(value: Any, argument: str) -> Threshold:
-    if isinstance(value, Threshold):
-        return value
-    return FixedThreshold(_arguments.clip_bound(value, _FUNCTION, argument))
-
-
-def _name_of(rule: Threshold) -> str:
-    return "float" if isinstance(rule, FixedThreshold) else type(rule).__name__
 
 
 def _smallest(number: Scalar) -> float:

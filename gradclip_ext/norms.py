@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
-from gradclip_ext._parameters import Collection, default_names
+from gradclip_ext._names import default_names
+from gradclip_ext._parameters import Collection
 
 __all__ = ["GradNorms", "grad_norms"]
-
-_GRAD_NORMS = _ops.Caller("grad_norms")
 
 
 class GradNorms(NamedTuple):
@@ -38,9 +37,9 @@ def grad_norms(
     The norms stay on the gradients' device, without a device sync.
 
     Args:
-        source: a module, its ``named_parameters()``, parameters, or an optimizer or its
-            ``param_groups``.
-        norm_type: type of the p-norm, as in :func:`gradclip_ext.clip_grad_norm_`.
+        source: a module, its ``named_parameters()``, parameters, an optimizer, a list of several
+            optimizers, or parameter groups. A parameter that comes twice counts once.
+        norm_type: order of the norm, as in :func:`gradclip_ext.clip_grad_norm_`.
         dtype: ``torch.float32`` or ``torch.float64``, what the results are rounded to. Without it
             they are float64 tensors, as accurate as the gradients' own dtype asks for.
 
@@ -60,15 +59,20 @@ def grad_norms(
     norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    # A list of parameters is not walked in Python: that takes longer than measuring.
+    # A list of parameters is not walked in Python, which takes longer than measuring it; that none
+    # comes twice is seen without a loop.
     is_list = type(source) is list or type(source) is tuple
-    measured = _ops.native_grad_norms(source, norm_type, dtype) if is_list else None
+    each_once = is_list and len(set(map(id, source))) == len(source)
+    measured = _ops.native_grad_norms(source, norm_type, dtype) if each_once else None
     if measured is not None:
-        names = default_names(len(source))
+        # As many as were measured: a computed `grad` may change the list while it is read.
+        names = default_names(measured[1].numel())
     else:
         collection = Collection(source, function)
         names = collection.names
-        measured = _ops.grad_norms(collection.parameters, norm_type, dtype, _GRAD_NORMS)
+        measured = _ops.grad_norms(
+            collection.parameters, norm_type, dtype, _ops.Caller(function, names=names)
+        )
     total, norms = measured
     if dtype is not None:
         total, norms = total.to(dtype), norms.to(dtype)

@@ -22,6 +22,7 @@ from gradclip_ext._ops import dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
+    read_each_grad,
     read_grads,
     read_tensors,
     refuse_integers,
@@ -112,30 +113,40 @@ def clip_grad_value_(
 def grad_norms(
     parameters: Sequence[Any], norm_type: float, caller: Caller
 ) -> tuple[Tensor, Tensor]:
-    given, names = read_grads(parameters, caller)
+    found = read_each_grad(parameters, caller)
+    given = [gradient for gradient in found if gradient is not None]
     if not given:
         # Where the parameters are, unless nothing is stored there.
         device = parameters[0].device if len(parameters) > 0 else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device
-        zeros = torch.zeros(len(parameters), dtype=torch.float64, device=device)
+        zeros = torch.zeros(len(found), dtype=torch.float64, device=device)
         return torch.zeros((), dtype=torch.float64, device=device), zeros
+    names = [
+        f"{caller.entry(index)}.grad"
+        for index, gradient in enumerate(found)
+        if gradient is not None
+    ]
     refuse_integers(given, names, caller.function)
-
-    def norm_of(tensors: list[Tensor], names: list[str]) -> Tensor:
-        gradients = Gradients(tensors, names, norm_type)
-        return dtensor.whole(gradients.total_norm(norm_type, None, torch.float64)[0])
-
     with _profiler_range(caller):
         # As a whole, like get_total_norm: norms of parts do not combine for every norm_type.
-        total = norm_of(given, names)
+        gradients = Gradients(given, names, norm_type)
+        total = dtensor.whole(gradients.total_norm(norm_type, None, torch.float64)[0])
         nothing = torch.zeros_like(total)
         each = [
             nothing
-            if parameter.grad is None
-            else norm_of([parameter.grad], [caller.entry(index)]).to(total.device)
-            for index, parameter in enumerate(parameters)
+            if gradient is None
+            else _norm_of_one(gradient, caller.entry(index), norm_type).to(total.device)
+            for index, gradient in enumerate(found)
         ]
         return total, torch.stack(each)
+
+
+def _norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
+    gradients = Gradients([gradient], [name], norm_type)
+    if gradients.measured:
+        return gradients.total_norm(norm_type, None, torch.float64)[0]
+    # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
+    return torch_ops.tensor_norm(gradients.fallback[0], norm_type)
 
 
 @torch.no_grad()

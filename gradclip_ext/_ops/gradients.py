@@ -167,18 +167,36 @@ def read_tensors(tensors: Sequence[Any], caller: Caller) -> tuple[list[Tensor], 
 
 
 def read_grads(parameters: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
-    """The gradients of those parameters that have one, and the name of each."""
-    gradients = []
-    names = []
-    for index, parameter in enumerate(parameters):
+    """The gradients of those parameters that have one, and what to call each of them."""
+    found = read_each_grad(parameters, caller)
+    gradients = [gradient for gradient in found if gradient is not None]
+    names = [
+        f"{caller.entry(index)}.grad"
+        for index, gradient in enumerate(found)
+        if gradient is not None
+    ]
+    return gradients, names
+
+
+def read_each_grad(parameters: Sequence[Any], caller: Caller) -> list[Tensor | None]:
+    """The gradient of each parameter, read once: a subclass may compute another each time."""
+    gradients: list[Tensor | None] = []
+    # A copy, because what computes a gradient may also change the list.
+    for index, parameter in enumerate(tuple(parameters)):
         if not isinstance(parameter, Tensor):
             raise _arguments.item_error(parameter, caller.function, caller.argument, index)
-        gradient = parameter.grad
+        gradient: Any = parameter.grad
+        if gradient is not None and not isinstance(gradient, Tensor):
+            raise TypeError(
+                f"{caller.function}: {caller.entry(index)}.grad has to be a torch.Tensor or None, "
+                f"found {_arguments.describe(gradient)}"
+            )
+        gradients.append(gradient)
+    # After the last one was read, which may have resized the memory of those before.
+    for index, gradient in enumerate(gradients):
         if gradient is not None:
-            gradients.append(gradient)
-            names.append(f"{caller.entry(index)}.grad")
-            require_storage(gradient, names[-1], caller.function)
-    return gradients, names
+            require_storage(gradient, f"{caller.entry(index)}.grad", caller.function)
+    return gradients
 
 
 def require_storage(tensor: Tensor, name: str, function: str) -> None:

@@ -45,6 +45,16 @@ def total_norm(
     return result if dtype is None else result.to(dtype)
 
 
+def tensor_norm(tensor: Tensor, norm_type: float) -> Tensor:
+    """The norm of one tensor, accumulated in float64; 0 where it is empty."""
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    norm: Tensor = torch.linalg.vector_norm(
+        tensor, norm_type, dtype=widened_dtype(tensor, torch.float64)
+    )
+    return norm.to(torch.float64)
+
+
 def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the norm of these tensors: their promoted dtype, real for complex."""
     dtype = tensors[0].dtype.to_real()

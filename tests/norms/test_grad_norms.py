@@ -68,6 +68,25 @@ class TestGradNorms:
             torch.linalg.vector_norm(whole, norm_type).item(), rel=1e-6
         )
 
+    @pytest.mark.parametrize("order", [0.0, 0.5, 3.0, -1.0])
+    def test_orders_whose_norm_of_one_norm_is_another(self, order):
+        gradients = [torch.tensor(numbers) for numbers in ([1.0, 0.0, 2.0], [3.0], [0.0, 0.0])]
+        gradients.append(torch.tensor([1e200, 1e-200], dtype=torch.float64))
+        if order < 0.0:
+            gradients = [gradient for gradient in gradients if (gradient != 0).all()]
+        total, norms, _ = grad_norms(ref.parameters([*gradients, None]), order)
+        expected = [torch.linalg.vector_norm(g.double(), order).item() for g in gradients]
+        assert norms.tolist() == [*expected, 0.0]
+        assert total.item() == torch.nn.utils.get_total_norm(gradients, order).item()
+
+    def test_number_of_elements_that_are_not_zero(self):
+        gradients = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 5.0])]
+        total, norms, _ = grad_norms(ref.parameters(gradients), 0)
+        assert norms.tolist() == [2.0, 1.0]
+        assert total.item() == torch.nn.utils.get_total_norm(gradients, 0).item() == 2.0
+        total, norms, _ = grad_norms(ref.parameters(gradients[:1]), 0)
+        assert (total.item(), norms.tolist()) == (1.0, [2.0])
+
     def test_no_gradient_at_all(self):
         total, norms, _ = grad_norms([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))])
         assert total.item() == 0.0
@@ -91,3 +110,47 @@ class TestGradNorms:
         assert all(
             torch.equal(one, other) for one, other in zip(gradients_of(model), before, strict=True)
         )
+
+
+class Computed(torch.Tensor):
+    """A parameter whose gradient is computed, with side effects."""
+
+    @property
+    def grad(self):
+        return self.compute()
+
+
+def computed(function):
+    result = torch.zeros(1).as_subclass(Computed)
+    result.compute = function
+    return result
+
+
+class TestComputedGradients:
+    @pytest.mark.parametrize("change", [list.clear, lambda items: items.extend(items[:1] * 1000)])
+    def test_that_change_the_list(self, change):
+        items = [ref.Holder(torch.tensor([3.0])), ref.Holder(torch.tensor([4.0]))]
+        items.insert(1, computed(lambda: change(items)))
+        measured = grad_norms(items)
+        assert len(measured.names) == len(measured.norms)
+        assert measured.norms[0].item() == 3.0
+
+    def test_that_are_others_each_time(self):
+        answers = iter([torch.tensor([3.0]), None, 5, "gone"])
+        _, norms, _ = grad_norms([computed(lambda: next(answers)), ref.Holder(torch.ones(1))], 3)
+        assert norms.tolist() == [3.0, 1.0]
+
+    @pytest.mark.parametrize("is_native", [True, False], ids=["native", "fallback"])
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_that_take_memory_away(self, is_native, place):
+        def take_away():
+            big.grad.untyped_storage().resize_(0)
+
+        big = ref.Holder(torch.ones(100_000))
+        items = [big]
+        items.insert(place, computed(take_away))
+        if not is_native:
+            sparse = torch.sparse_coo_tensor([[0]], [1.0], (1,), check_invariants=True)
+            items.append(ref.Holder(sparse))
+        with pytest.raises(RuntimeError, match=r"parameters\[.\].grad of shape .* has no memory"):
+            grad_norms(items)

@@ -1,6 +1,7 @@
 """The messages that a user reads when gradclip_ext does not match the installed torch."""
 
 import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,52 @@ def test_build_command_of_an_installed_package(tmp_path):
     assert _build_check.build_command(tmp_path) == (
         "pip install --force-reinstall --no-deps .    (in the source folder of gradclip_ext)"
     )
+
+
+def test_build_command_of_a_folder_with_a_space(tmp_path):
+    folder = tmp_path / "my code"
+    folder.mkdir()
+    (folder / "setup.py").touch()
+    assert _build_check.build_command(folder) == f"pip install -e '{folder}'"
+
+
+class TestHiddenInstall:
+    """The source folder, imported in place of an installed package."""
+
+    def package(self, folder, *files):
+        (folder / "gradclip_ext").mkdir(parents=True)
+        for file in files:
+            (folder / "gradclip_ext" / file).touch()
+        return folder
+
+    def test_is_found(self, tmp_path):
+        source = self.package(tmp_path / "source", "__init__.py")
+        other_python = self.package(tmp_path / "other", "_built_with.py", "_C.cpython-27.so")
+        not_built = self.package(tmp_path / "sdist", "__init__.py")
+        installed = self.package(tmp_path / "site", "_built_with.py", f"_C{EXTENSION_SUFFIXES[0]}")
+        paths = [str(path) for path in (source, tmp_path / "none", other_python, not_built)]
+        assert _build_check.hidden_install(source, paths) is None
+        paths.append(str(installed))
+        assert _build_check.hidden_install(source, paths) == installed / "gradclip_ext"
+
+    def test_is_not_the_folder_itself(self, tmp_path, monkeypatch):
+        source = self.package(tmp_path, "_built_with.py", f"_C{EXTENSION_SUFFIXES[0]}")
+        monkeypatch.chdir(source)
+        (tmp_path / "link").symlink_to(source)
+        paths = ["", ".", str(source), str(tmp_path / "link")]
+        assert _build_check.hidden_install(source, paths) is None
+
+    def test_text(self, tmp_path):
+        source, site = tmp_path / "my clone", tmp_path / "site" / "gradclip_ext"
+        source.mkdir()
+        (source / "setup.py").touch()
+        assert _build_check.hidden_problem(source, site) == text(
+            f"no compiled gradclip_ext._C in '{source}/gradclip_ext', "
+            f"which hides the one installed in {site}",
+            f"the installed one, imported from another folder than '{source}'",
+            "gradclip-ext    (in place of python -m gradclip_ext; for other programs: "
+            f"pip install -e '{source}')",
+        )
 
 
 def test_check_passes_here():

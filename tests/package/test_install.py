@@ -201,6 +201,36 @@ class TestInstalled:
         result = run(sys.executable, "-c", code, PYTHONPATH=installed)
         assert result.stdout == f"5.0 {installed}/gradclip_ext/__init__.py\n", result.stderr
 
+    @pytest.fixture
+    def clone(self, tmp_path):
+        """The folder that `pip install .` was run in: sources, and nothing compiled."""
+        ignored = shutil.ignore_patterns("*.so", "_built_with.py", "__pycache__")
+        folder = tmp_path / "the clone"
+        shutil.copytree(ROOT / "gradclip_ext", folder / "gradclip_ext", ignore=ignored)
+        shutil.copy(ROOT / "setup.py", folder)
+        return folder
+
+    def test_next_line_of_the_readme_works_in_the_clone(self, installed, clone):
+        for page in ("README.md", "docs/install.md"):
+            lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+            commands = [line.partition(" ")[0] for line in lines[lines.index("pip install .") :]]
+            assert "gradclip-ext" in commands
+        script = installed / "bin" / "gradclip-ext"
+        result = run(script, HERE=clone, PYTHONPATH=installed)
+        assert result.returncode == 0, result.stderr
+        assert f"  from             {installed}/gradclip_ext\n" in result.stdout
+        assert "All 9 checks passed." in result.stdout
+
+    def test_module_of_the_clone_says_what_to_run(self, installed, clone, bare_python):
+        # Without packages, because the finder of an editable install would find the lost file.
+        result = run(bare_python, "-m", "gradclip_ext", HERE=clone, PYTHONPATH=installed)
+        assert_stops(
+            result,
+            f"  found:    no compiled gradclip_ext._C in '{clone}/gradclip_ext', "
+            f"which hides the one installed in {installed}/gradclip_ext\n",
+            "  run:      gradclip-ext ",
+        )
+
     def test_brings_no_second_openmp_library(self, installed):
         (extension,) = (installed / "gradclip_ext").glob("_C.*.so")
         result = run("readelf", "--dynamic", extension)
