@@ -36,11 +36,11 @@ class AdaGC(Rule):
     The method is that of Wang et al., "AdaGC: Improving Training Stability for Large Language
     Model Pretraining" (2025), arXiv 2502.11034.
 
-    A norm of 0, as without a gradient, leaves :math:`\gamma_i` as it was, which in the paper would
-    become 0; its limit is that of the second formula. A parameter that has its first gradient after
-    the warm-up is not clipped in that step, and its norm becomes :math:`\gamma_i`. A step whose
-    total is 0 or not finite changes nothing and is none of the warm-up's; its limits are those of
-    the second formula.
+    A norm of 0, as without a gradient, leaves :math:`\gamma_i` as it was, where the formulas of the
+    paper make it smaller or 0; its limit is that of the second formula. A parameter that has its
+    first gradient after the warm-up is not clipped in that step, and its norm becomes
+    :math:`\gamma_i`. A step whose total is 0 or not finite changes nothing and is none of the
+    warm-up's; its limits are those of the second formula.
 
     Each average belongs to a parameter: where the parameters change, :meth:`rearrange` takes it
     along.
@@ -121,7 +121,7 @@ class AdaGC(Rule):
         observed = is_observation(total)
         counts = is_observation(norms) & observed
         warming = count < min(self.warmup_steps, LARGEST_COUNT)
-        # A tiny total may make the quotient infinite, and the coefficient 1.
+        # A small total may make the quotient infinite, and the coefficient 1.
         together = norms * (self.absolute_limit / total).clamp(max=1.0)
         limits = torch.where(warming & counts, together, self.relative_limit * gamma)
         limits = limits.clamp(min=_SMALLEST_LIMIT)

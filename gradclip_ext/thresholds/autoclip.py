@@ -88,8 +88,7 @@ class AutoClip(Rule):
         if isinstance(number, Tensor) or 0.0 < number < math.inf:
             self._steps += 1
         # Places that are not taken yet hold NaN, which nanquantile passes over.
-        limit = torch.nanquantile(history, self.percentile / 100.0)
-        limit = limit.masked_fill(limit.isnan(), math.inf)
+        limit = torch.nanquantile(history, self.percentile / 100.0).nan_to_num(math.inf)
         return limit, {"count": count + observed, "history": history}
 
     def _grown(self, history: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,9 +24,26 @@ __all__ = [
 # Up to here float64 counts by ones.
 LARGEST_COUNT = 2**53
 
-# For all that makes a tensor of the state: a step inside torch.inference_mode() would else leave
-# tensors that no step outside may write to.
-outside_inference = torch.inference_mode(mode=False)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def outside_inference(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """For all that makes a tensor of the state.
+
+    A step inside ``torch.inference_mode()`` would else leave tensors that no step outside may write
+    to.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        # Asked first, because leaving the mode takes a tenth of a step.
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(mode=False):
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def is_observation(norm: Tensor) -> Tensor:
@@ -95,7 +113,8 @@ class Rule:
         are meta tensors, and the state stays what it was on another.
         """
         if total.is_meta:
-            return torch.full_like(norms if self.per_parameter else total, math.inf)
+            like = norms if self.per_parameter else total
+            return torch.full_like(like, math.inf, dtype=torch.float64)
         # Nothing of the graph that computed the norms may live on in the state.
         total = total.detach().to(torch.float64)
         norms = norms.detach().to(torch.float64)

@@ -97,7 +97,8 @@ class TestMeta:
         rule, expected = make(), feed(make(), ROWS)
         found = feed(rule, ROWS[:steps])
         for _ in range(3):
-            limits = limits_of(rule, ROWS[0], device="meta")
+            norms = torch.empty(3, device="meta")
+            limits = rule.limits(norms.norm(), norms)
             assert limits.is_meta and limits.dtype == torch.float64
             assert limits.shape == ((3,) if rule.per_parameter else ())
         assert found + feed(rule, ROWS[steps:]) == expected
