@@ -271,10 +271,13 @@ def _refuse_to_decay(
 
 @torch.no_grad()
 def clip_units_(parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller) -> None:
+    # A copy, because what computes a gradient may also change the list.
+    parameters = tuple(parameters)
+    found = read_each_grad(parameters, caller)
     pairs = [
-        (parameter, parameter.grad, caller.entry(index))
-        for index, parameter in enumerate(parameters)
-        if parameter.grad is not None
+        (parameter, gradient, caller.entry(index))
+        for index, (parameter, gradient) in enumerate(zip(parameters, found, strict=True))
+        if gradient is not None
     ]
     # All before the first is written, so that an error changes nothing.
     for _, gradient, name in pairs:

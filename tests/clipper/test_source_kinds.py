@@ -11,7 +11,7 @@ import torch
 from models import gradients_of, set_gradients
 from torch import nn
 
-from gradclip_ext import GradClipper, grad_norms
+from gradclip_ext import GradClipper, adaptive_clip_grad_, grad_norms
 
 
 def parameter(*numbers):
@@ -197,6 +197,10 @@ class TestComputedGradients:
             GradClipper([("a", parameter(1.0)), ("b", broken)], 1.0).clip_()
         message = "GradClipper: b.grad has to be a torch.Tensor or None, found"
         assert str(error.value).startswith(message)
+        with pytest.raises(
+            TypeError, match=r"parameters\[0\].grad has to be a torch.Tensor or None"
+        ):
+            adaptive_clip_grad_([broken])
         with pytest.raises(TypeError) as error:
             grad_norms([("a", parameter(1.0)), ("b", broken)])
         assert "grad_norms: b.grad has to be a torch.Tensor or None" in str(error.value)
