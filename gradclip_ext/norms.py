@@ -59,11 +59,9 @@ def grad_norms(
     norm_type = _arguments.norm_type(norm_type, function)
     if dtype is not None:
         _arguments.result_dtype(dtype, function)
-    # A list of parameters is not walked in Python, which takes longer than measuring it; that none
-    # comes twice is seen without a loop.
+    # A list of parameters is not walked in Python, which takes longer than measuring it.
     is_list = type(source) is list or type(source) is tuple
-    each_once = is_list and len(set(map(id, source))) == len(source)
-    measured = _ops.native_grad_norms(source, norm_type, dtype) if each_once else None
+    measured = _ops.native_grad_norms_of_each(source, norm_type, dtype) if is_list else None
     if measured is not None:
         # As many as were measured: a computed `grad` may change the list while it is read.
         names = default_names(measured[1].numel())

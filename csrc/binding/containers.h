@@ -9,4 +9,7 @@ namespace gradclip::binding {
 // are the very objects in `expected`, in that order, and no others.
 bool hold_exactly(PyObject* containers, PyObject* expected);
 
+// Whether an object stands more than once in a list or tuple.
+bool holds_twice(PyObject* sequence);
+
 }  // namespace gradclip::binding

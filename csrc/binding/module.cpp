@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_tensors_", &scale_tensors_, arg("tensors"), arg("coefficient"));
   m.def("clamp_tensors_", &clamp_tensors_, arg("tensors"), arg("clip_value"));
   m.def("hold_exactly", &hold_exactly, arg("containers"), arg("expected"));
+  m.def("holds_twice", &holds_twice, arg("sequence"));
   m.def("is_native", &is_native, arg("tensor"));
   m.def("is_flat", &is_flat, arg("tensor"));
   m.def("known_number", &known_number, arg("tensor"));

@@ -178,6 +178,13 @@ bool hold_exactly(const py::list& containers, const py::tuple& expected) {
   return binding::hold_exactly(containers.ptr(), expected.ptr());
 }
 
+bool holds_twice(py::handle sequence) {
+  if (!PyList_CheckExact(sequence.ptr()) && !PyTuple_CheckExact(sequence.ptr())) {
+    throw py::type_error("expected a list or a tuple");
+  }
+  return binding::holds_twice(sequence.ptr());
+}
+
 bool is_native(py::handle tensor) { return binding::is_native(unpack(tensor.ptr())); }
 
 bool is_flat(py::handle tensor) { return binding::is_flat(unpack(tensor.ptr())); }

@@ -29,6 +29,8 @@ py::object power_sum(py::handle tensors, double norm_type);
 void scale_tensors_(py::handle tensors, py::handle coefficient);
 void clamp_tensors_(py::handle tensors, double clip_value);
 
+// Of an exact list or tuple.
+bool holds_twice(py::handle sequence);
 bool hold_exactly(const py::list& containers, const py::tuple& expected);
 bool is_native(py::handle tensor);
 bool is_flat(py::handle tensor);

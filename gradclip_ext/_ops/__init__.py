@@ -42,6 +42,7 @@ __all__ = [
     "isfinite",
     "known",
     "native_grad_norms",
+    "native_grad_norms_of_each",
     "project_",
     "refuse_mixed_meta",
     "require_writable",
@@ -143,6 +144,15 @@ def native_grad_norms(
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`grad_norms`; None, with nothing changed, unless the whole list is native."""
     return None if compiling() else _C.grad_norms(parameters, norm_type, dtype, weight_decay)
+
+
+def native_grad_norms_of_each(
+    parameters: Sequence[Any], norm_type: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`native_grad_norms`; None also where a parameter is listed more than once."""
+    if compiling() or _C.holds_twice(parameters):
+        return None
+    return _C.grad_norms(parameters, norm_type, dtype, 0.0)
 
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradclip_ext._ops.gradients import (
     Caller,
     overlaps_itself,
-    read_grads,
+    read_each_grad,
     refuse_integers,
     refuse_unwritable,
     rehearse,
@@ -50,14 +50,18 @@ def require_units(parameters: Sequence[Any], caller: Caller) -> None:
 
 
 def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tensor]]:
-    given, names = read_grads(parameters, caller)
-    owners = [
-        (parameter, caller.entry(index))
-        for index, parameter in enumerate(parameters)
-        if parameter.grad is not None
+    # A copy, because what computes a gradient may also change the list.
+    parameters = tuple(parameters)
+    found = read_each_grad(parameters, caller)
+    pairs = [
+        (parameter, gradient, caller.entry(index))
+        for index, (parameter, gradient) in enumerate(zip(parameters, found, strict=True))
+        if gradient is not None
     ]
-    for (parameter, name), gradient in zip(owners, given, strict=True):
+    for parameter, gradient, name in pairs:
         _refuse(parameter, gradient, name, caller.function)
+    given = [gradient for _, gradient, _ in pairs]
+    names = [f"{name}.grad" for _, _, name in pairs]
     refuse_integers(given, names, caller.function)
     refuse_unwritable(given, names, caller.function)
 
@@ -66,7 +70,7 @@ def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tenso
             _multiply_(probe, torch.ones(1, dtype=torch.float64, device=probe.device))
 
     rehearse(given, multiply)
-    return [(parameter, gradient) for (parameter, _), gradient in zip(owners, given, strict=True)]
+    return [(parameter, gradient) for parameter, gradient, _ in pairs]
 
 
 def _refuse(parameter: Tensor, gradient: Tensor, name: str, function: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradclip_ext._ops import torch_ops, torch_private
 from gradclip_ext._ops.gradients import (
     Caller,
-    read_grads,
+    read_each_grad,
     refuse_integers,
     refuse_unwritable,
     rehearse,
@@ -95,10 +95,19 @@ def _read(
     parameters: Sequence[Any], weight_decay: float, caller: Caller
 ) -> list[tuple[Tensor, Tensor]]:
     """Each gradient with its parameter, once; all that can be wrong is found here."""
-    given, names = read_grads(parameters, caller)
+    # A copy, because what computes a gradient may also change the list.
+    parameters = tuple(parameters)
+    found = read_each_grad(parameters, caller)
     if weight_decay == 0.0:
         return []
-    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    owners = []
+    given = []
+    names = []
+    for index, (parameter, gradient) in enumerate(zip(parameters, found, strict=True)):
+        if gradient is not None:
+            owners.append(parameter)
+            given.append(gradient)
+            names.append(f"{caller.entry(index)}.grad")
     refuse_integers(given, names, caller.function)
     for parameter, gradient, name in zip(owners, given, names, strict=True):
         _refuse(parameter, gradient, weight_decay, name, caller.function)
