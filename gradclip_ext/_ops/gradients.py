@@ -204,11 +204,14 @@ def require_storage(tensor: Tensor, name: str, function: str) -> None:
 
     FSDP1 resizes storages to 0 bytes between uses; other sizes come from resizing by hand.
     """
-    if observed():
+    if compiling():
         return
     stored = stored_values(tensor)
     is_plain = type(stored) is Tensor or type(stored) is Parameter or _C.is_native(stored)
     if not is_plain or stored.layout != torch.strided or stored.numel() == 0:
+        return
+    if torch_private.is_wrapped(stored):
+        # By functorch: what it stands for has a storage, and it has not.
         return
     sizes_and_strides = zip(stored.shape, stored.stride(), strict=True)
     last = stored.storage_offset() + sum((size - 1) * stride for size, stride in sizes_and_strides)

@@ -15,6 +15,7 @@ __all__ = [
     "foreach_clamp_",
     "foreach_mul_",
     "has_foreach_support",
+    "is_wrapped",
     "negated",
     "stored_values",
 ]
@@ -44,6 +45,11 @@ def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
     """Clamp every element of every tensor to ``[-clip_value, clip_value]`` in place."""
     torch._foreach_clamp_min_(tensors, -clip_value)
     torch._foreach_clamp_max_(tensors, clip_value)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether functorch holds another tensor in this one, as vmap and grad do."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import reference as ref
 import torch
+from models import Watching
 from torch import nn
 
 import gradclip_ext
@@ -43,15 +46,21 @@ CALLS = {
 }
 
 
+by_watching = pytest.mark.parametrize(
+    "watching", [contextlib.nullcontext, Watching], ids=["native", "watched"]
+)
+
+
+@by_watching
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("layout", ["flat", "transposed", "strided"])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_gradient(call, layout, size):
+def test_gradient(call, layout, size, watching):
     good = ref.parameter(torch.full((20, 10), 3.0))
     bad = nn.Parameter(torch.ones(20, 10))
     bad.grad = torch.ones(20, 10)
     bad.grad = shrunk(layout, size)
-    with pytest.raises(RuntimeError) as caught:
+    with watching(), pytest.raises(RuntimeError) as caught:
         call([good, bad])
     assert "[1]" in str(caught.value)
     assert ("has no memory" if size == 0 else f"found one of {size}") in str(caught.value)
@@ -61,15 +70,16 @@ def test_gradient(call, layout, size):
 READS_PARAMETERS = ["add_weight_decay_", "adaptive_clip_grad_", "GradClipper, decay"]
 
 
+@by_watching
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("layout", ["flat", "transposed", "strided"])
 @pytest.mark.parametrize("call", [*READS_PARAMETERS, "GradClipper, AGC"])
-def test_parameter(call, layout, size):
+def test_parameter(call, layout, size, watching):
     good = ref.parameter(torch.full((20, 10), 3.0))
     bad = nn.Parameter(shrunk(layout, 400 * 4))
     bad.grad = torch.ones(20, 10)
     bad.untyped_storage().resize_(size)
-    with pytest.raises(RuntimeError) as caught:
+    with watching(), pytest.raises(RuntimeError) as caught:
         CALLS[call]([good, bad])
     assert ("has no memory" if size == 0 else f"found one of {size}") in str(caught.value)
     assert (good.grad == 3.0).all()
