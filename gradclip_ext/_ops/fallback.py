@@ -146,7 +146,7 @@ def _norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
     if gradients.measured:
         return gradients.total_norm(norm_type, None, torch.float64)[0]
     # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
-    return torch_ops.tensor_norm(gradients.fallback[0], norm_type)
+    return dtensor.whole(torch_ops.tensor_norm(gradients.fallback[0], norm_type))
 
 
 @torch.no_grad()
