@@ -86,8 +86,8 @@ def clip_grads_with_norm_(
     else:
         # The device is explicit, because a default device such as meta has no number to read.
         norm = torch.tensor(total_norm, dtype=torch.float64, device="cpu")
-    if gradients.native:
-        # So that nothing is rounded to a 16-bit norm's dtype in between.
+    if gradients.measured:
+        # So that nothing is rounded to the norm's own dtype in between.
         norm = norm.to(torch.float64)
     with _profiler_range(caller):
         _clip(gradients, max_norm, norm, foreach)
