@@ -120,3 +120,22 @@ def test_broken_tables_are_found(tmp_path):
     with pytest.raises(AssertionError):
         test_tables_are_whole(page)
     assert rest == ["| 2 | 3 |"]
+
+
+SOURCES = sorted(
+    path.name
+    for folder, kinds in (("csrc", ".h .cpp .cuh .cu"), ("gradclip_ext", ".py"), ("bench", ".py"))
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in kinds.split() and path.name not in ("__init__.py", "_built_with.py")
+)
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_architecture_has_a_place_for_every_file(name):
+    stem = name.removesuffix(".h").removesuffix(".cpp").removesuffix(".cu")
+    mentions = {name, f"{stem}.cpp", f"{stem}.cu"}
+    # The picture draws the kernels of all instruction sets as one.
+    if stem.startswith("kernels_"):
+        mentions.add("kernels_*.cpp")
+    assert any(mention in ARCHITECTURE for mention in mentions)
