@@ -126,10 +126,7 @@ def grad_norms(
     ``dtype`` is what the caller rounds the norms to, None for that of the gradients; they are
     measured only as accurately as it requires.
     """
-    norms = None
-    # Where every dtype can hold the factor, which the native engine does not look at.
-    if weight_decay <= by_hand.LARGEST_NATIVE_FACTOR:
-        norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
     if norms is None and weight_decay > 0.0:
         add_weight_decay_(parameters, weight_decay, Caller("add_weight_decay_"))
         norms = native_grad_norms(parameters, norm_type, dtype)
@@ -143,7 +140,10 @@ def native_grad_norms(
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`grad_norms`; None, with nothing changed, unless the whole list is native."""
-    return None if compiling() else _C.grad_norms(parameters, norm_type, dtype, weight_decay)
+    # The native engine does not look whether every dtype can hold the factor.
+    if compiling() or weight_decay > by_hand.LARGEST_NATIVE_FACTOR:
+        return None
+    return _C.grad_norms(parameters, norm_type, dtype, weight_decay)
 
 
 def native_grad_norms_of_each(
