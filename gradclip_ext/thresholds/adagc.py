@@ -36,20 +36,21 @@ class AdaGC(Rule):
     The method is that of Wang et al., "AdaGC: Improving Training Stability for Large Language
     Model Pretraining" (2025), arXiv 2502.11034.
 
-    A norm of 0, as without a gradient, leaves :math:`\gamma_i` as it was, where the formulas of the
-    paper make it smaller or 0; its limit is that of the second formula. A parameter that has its
-    first gradient after the warm-up is not clipped in that step, and its norm becomes
-    :math:`\gamma_i`. A step whose total is 0 or not finite changes nothing and is none of the
-    warm-up's; its limits are those of the second formula.
+    A norm of 0, as without a gradient, leaves :math:`\gamma_i` unchanged, whereas the paper's
+    formulas would lower it, down to 0; its limit is that of the second formula. A parameter that has
+    its first gradient after the warm-up is not clipped in that step, and its norm becomes
+    :math:`\gamma_i`. A step whose total is 0 or not finite changes nothing and does not count as a
+    warm-up step; its limits are those of the second formula.
 
-    Each average belongs to a parameter: where the parameters change, :meth:`rearrange` takes it
-    along.
+    Each average belongs to a parameter: when the parameters change, :meth:`rearrange` moves it with
+    them.
 
     Args:
-        relative_limit: how far a norm may be above its average, as a factor greater than 0.
-        beta: weight of what was measured before, from 0 to 1.
-        warmup_steps: steps with a finite total above 0 that are clipped together, not negative.
-        absolute_limit: the limit of the total norm in these, greater than 0.
+        relative_limit: how far a norm may exceed its average, as a factor greater than 0.
+        beta: weight of the previous average, from 0 to 1.
+        warmup_steps: steps with a finite total above 0 in which all gradients are clipped together,
+            not negative.
+        absolute_limit: limit of the total norm in these steps, greater than 0.
 
     Raises:
         TypeError: an argument is not a number.

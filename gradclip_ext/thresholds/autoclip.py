@@ -34,8 +34,8 @@ class AutoClip(Rule):
     Separation Networks" (2020), arXiv 2007.14469. The paper keeps every norm; here only the last
     ``window`` count, because they are sorted at each step.
 
-    Norms that are 0, as without a gradient, or not finite are not part of the history, which in the
-    paper takes in every norm. Before the first one that is, the limit is ``inf``.
+    Norms that are 0, as without a gradient, or not finite do not enter the history, unlike in the
+    paper, where every norm does. Before the first that enters, the limit is ``inf``.
 
     Args:
         percentile: the percentile, from 0 to 100. With 10, as in the paper, nine of ten steps are

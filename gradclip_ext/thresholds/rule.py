@@ -29,15 +29,15 @@ _Result = TypeVar("_Result")
 
 
 def outside_inference(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """For all that makes a tensor of the state.
+    """Decorator for everything that creates a tensor of the state.
 
-    A step inside ``torch.inference_mode()`` would else leave tensors that no step outside may write
-    to.
+    Otherwise a step inside ``torch.inference_mode()`` would leave tensors that a later step outside
+    of it could not write.
     """
 
     @functools.wraps(function)
     def outside(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        # Asked first, because leaving the mode takes a tenth of a step.
+        # Checked first, because leaving the mode takes a tenth of a step.
         if not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(mode=False):
@@ -55,10 +55,10 @@ def is_observation(norm: Tensor) -> Tensor:
 class Threshold(Protocol):
     """Interface of a rule: limits for this step's norms, and a state that can be saved.
 
-    A rule with ``per_parameter`` may offer one thing more, a method ``rearrange(places)``, which is
-    called before :meth:`limits` when there are other parameters than in the steps before, or the
-    same ones in another order: ``places`` holds, for each parameter of the steps to come, the index
-    that it had, or None for a new one. Without that method other parameters are an error.
+    A rule with ``per_parameter`` may also have a method ``rearrange(places)``. It is called before
+    :meth:`limits` when the parameters or their order have changed: ``places`` holds, for each
+    parameter of the coming steps, its previous index, or None for a new one. Without that method, a
+    change of the parameters is an error.
 
     Attributes:
         per_parameter: whether :meth:`limits` gives one limit for each parameter.

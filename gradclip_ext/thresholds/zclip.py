@@ -40,16 +40,16 @@ class ZClip(Rule):
     Kumar, Owen, Roy Chowdhury and Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training"
     (2025), arXiv 2504.02507.
 
-    A norm that is 0, as without a gradient, or not finite enters neither average and is no step of
-    the warm-up; in the paper every norm counts. After the warm-up, its limit is :math:`\mu`,
-    towards which that of a finite one goes as it grows.
+    A norm that is 0, as without a gradient, or not finite enters neither average and does not count
+    as a warm-up step, unlike in the paper, where every norm counts. After the warm-up, the limit of
+    a non-finite norm is :math:`\mu`, which the limit of a growing finite norm approaches.
 
     Args:
         alpha: weight of the previous averages, from 0 to 1.
         z_threshold: score above which a norm is a spike, greater than 0.
         warmup_steps: norms to collect first, finite ones above 0; at least 1.
-        max_norm: a limit that holds besides in every step, greater than 0; None for none. The
-            averages take in the norm as it is before this one.
+        max_norm: an additional limit for every step, greater than 0; None for none. The averages
+            see the norm before this limit.
 
     Raises:
         TypeError: an argument is not a number.
