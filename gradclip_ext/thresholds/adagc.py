@@ -37,8 +37,8 @@ class AdaGC(Rule):
     Model Pretraining" (2025), arXiv 2502.11034.
 
     A norm of 0, as without a gradient, leaves :math:`\gamma_i` unchanged, whereas the paper's
-    formulas would lower it, down to 0; its limit is that of the second formula. A parameter that has
-    its first gradient after the warm-up is not clipped in that step, and its norm becomes
+    formulas would lower it to as little as 0; its limit is that of the second formula. A parameter
+    that has its first gradient after the warm-up is not clipped in that step, and its norm becomes
     :math:`\gamma_i`. A step whose total is 0 or not finite changes nothing and does not count as a
     warm-up step; its limits are those of the second formula.
 
