@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradclip_ext
+
+# Of the package that is under test, wherever it was found.
+PACKAGE = Path(gradclip_ext.__file__).parent
+
 pytestmark = pytest.mark.cpu_only
 
 
@@ -71,7 +76,7 @@ def run_ranks(tmp_path: Path, count: int) -> list[str]:
     processes = [
         subprocess.Popen(
             [sys.executable, program, str(rank), str(count), tmp_path / f"store{count}"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
