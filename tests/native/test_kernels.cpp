@@ -218,6 +218,41 @@ void test_magnitudes() {
   }
 }
 
+// Values whose roundings in float32 all go in one direction: what each sum of a run adds to the
+// first number is half a unit of its last place, and is lost. The error comes up to what Precision
+// allows, and not above it.
+void test_bad_lists() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    const int64_t vector = 16 / element_size(dtype);
+    const List list = {{3 * 4 * kThreads * vector, dtype}};
+    subject = name_of(list);
+    for (const Norm kind : {Norm::kL1, Norm::kL2}) {
+      const bool is_rounded_square = kind == Norm::kL2 && dtype == DType::kFloat32;
+      const double number = is_rounded_square ? 1.0 + 0x1p-12 : 1.0;
+      const double lost = kind == Norm::kL2 ? 0x1p-12 : 0x1p-24;
+      const Values values = [&](int64_t, int64_t i) {
+        const int64_t place = i % vector;
+        const bool is_first = i / (kThreads * vector) % 4 == 0;
+        if (place == 0) return is_first ? number : lost;
+        // What is folded into the first sum.
+        return is_first && (place & (place - 1)) == 0 ? lost : 0.0;
+      };
+      const Gradients gradients(list, values);
+      const std::vector<SmallTable> tables = tables_of(gradients.index(), 1);
+      const int workers = workers_of(tables);
+      Results partials(workers);
+      run_power_sums(tables, kind, Precision::kFloat32, kSchedules[0], &partials, nullptr);
+      double sum = 0.0;
+      for (int worker = 0; worker < workers; ++worker) sum += partials.to_read()[worker];
+      const long double exact = power_sum_of(gradients, 0, kind);
+      const double error = static_cast<double>((exact - sum) / exact) * 0x1p24;
+      // Three in the chain, one for each halving of the sums, one of the square.
+      const double roundings = (dtype == DType::kFloat32 ? 5.0 : 6.0) + is_rounded_square;
+      CHECK(error <= roundings && error > 0.99 * roundings);
+    }
+  }
+}
+
 // A number that is not finite reaches norm and elements from wherever it is.
 void test_not_finite() {
   size_t turn = 0;
@@ -297,6 +332,7 @@ int test_all() {
   test_lists();
   test_sizes();
   test_magnitudes();
+  test_bad_lists();
   test_not_finite();
   test_quiet();
   test_given_numbers();
