@@ -204,14 +204,17 @@ def require_storage(tensor: Tensor, name: str, function: str) -> None:
 
     FSDP1 resizes storages to 0 bytes between uses; other sizes come from resizing by hand.
     """
-    if compiling():
+    if compiling() or not (type(tensor) in (Tensor, Parameter) or _C.is_native(tensor)):
         return
-    stored = stored_values(tensor)
-    is_plain = type(stored) is Tensor or type(stored) is Parameter or _C.is_native(stored)
-    if not is_plain or stored.layout != torch.strided or stored.numel() == 0:
-        return
-    if torch_private.is_wrapped(stored):
+    if torch_private.is_wrapped(tensor):
         # By functorch: what it stands for has a storage, and it has not.
+        return
+    for stored in torch_private.parts(tensor):
+        _require_part(tensor, stored, name, function)
+
+
+def _require_part(tensor: Tensor, stored: Tensor, name: str, function: str) -> None:
+    if stored.layout != torch.strided or stored.numel() == 0:
         return
     sizes_and_strides = zip(stored.shape, stored.stride(), strict=True)
     last = stored.storage_offset() + sum((size - 1) * stride for size, stride in sizes_and_strides)
@@ -269,6 +272,8 @@ def refuse_unwritable(given: list[Tensor], names: list[str], function: str) -> N
                 f"{function}: {name}: Inplace update to inference tensor outside "
                 "InferenceMode is not allowed."
             )
+        if torch_private.is_zero_tensor(stored):
+            raise RuntimeError(f"{function}: {name}: ZeroTensors are immutable. Please clone() it.")
         if stored.layout == torch.strided and overlaps_itself(stored):
             raise RuntimeError(
                 f"{function}: {name}: unsupported operation: more than one element of the "
@@ -281,20 +286,22 @@ def rehearse(tensors: Sequence[Tensor], write: Callable[[list[Tensor]], None]) -
     """Run a writing operation on one element of each kind of tensor.
 
     What torch refuses to do to a dtype, a device or a lazily conjugated tensor it then refuses
-    before the first gradient is written. Subclasses decide for themselves what they do, and cannot
-    be rehearsed.
+    before the first gradient is written. Subclasses with operations of their own cannot be
+    rehearsed. Nothing that watches sees it.
     """
-    if observed():
+    if compiling():
         return
-    probes: dict[tuple[Any, ...], Tensor] = {}
-    for tensor in tensors:
-        kind = (tensor.device, tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        if kind not in probes and type(tensor) in (Tensor, Parameter):
+    with torch_private.unobserved():
+        probes: dict[tuple[Any, ...], Tensor] = {}
+        for tensor in tensors:
+            kind = (tensor.device, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            if kind in probes or torch_private.dispatches_itself(tensor):
+                continue
             probe = torch.ones(1, dtype=tensor.dtype, device=tensor.device)
             probe = torch_private.negated(probe) if tensor.is_neg() else probe
             probes[kind] = probe.conj() if tensor.is_conj() else probe
-    if probes:
-        write(list(probes.values()))
+        if probes:
+            write(list(probes.values()))
 
 
 def stored_values(gradient: Tensor) -> Tensor:
