@@ -93,4 +93,14 @@ def read(state: Mapping[str, Any], function: str) -> dict[str, int]:
         largest = 1 if key == "last_norm_is_finite" else numbers.get("steps")
         value = state.get(key, default)
         numbers[key] = _arguments.whole_number(value, function, f"state[{key!r}]", 0, largest)
+    skipped, in_a_row = numbers["skipped_steps"], numbers["skips_in_a_row"]
+    if (
+        numbers["clipped_steps"] + numbers["nonfinite_steps"] > numbers["steps"]
+        or in_a_row > skipped
+        or (numbers["last_norm_is_finite"] == 0 and numbers["nonfinite_steps"] == 0)
+    ):
+        raise ValueError(
+            f"{function}: the counters of the state have to agree with one another, found "
+            f"{', '.join(f'{key} {number}' for key, number in numbers.items())}"
+        )
     return numbers

@@ -6,27 +6,26 @@ the norms of a step that then fails gets its state back.
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._ops import Scalar
+from gradclip_ext._rules import Group, require_limit
 from gradclip_ext.thresholds import (
     AGC,
-    FixedThreshold,
     Rule,
     StatelessRule,
     Threshold,
     TimesLimit,
 )
 
-__all__ = ["POLICIES", "Group", "Settings", "Step", "name_of", "places_of", "read_rules"]
+__all__ = ["POLICIES", "Settings", "Step"]
 
 # What to do with a norm that is not finite, and the coefficient that does it, if one does.
 POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
@@ -43,20 +42,6 @@ class Settings:
     skip_above: float | TimesLimit | None
     # Whether the weight decay has to wait until it is clear that the step will not be dropped.
     decays_late: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that share a rule."""
-
-    rule: Threshold
-    names: tuple[str, ...]
-    parameters: list[Tensor]
-
-    @functools.cached_property
-    def caller(self) -> _ops.Caller:
-        """How messages name the parameters."""
-        return _ops.Caller("GradClipper", names=self.names)
 
 
 class Step:
@@ -106,31 +91,67 @@ class Step:
 
     def decide(self) -> None:
         """Ask the rules for their limits, and make the coefficients of them."""
+        settings = self._settings
+        if settings.skip_above is not None:
+            self.skips = self._is_spike() & self.is_finite
+        if settings.nonfinite == "skip" or (self._may_skip() and settings.nonfinite == "propagate"):
+            self.skips = self.skips | (self.is_finite ^ True)
         for group, number, (total, norms) in zip(
             self._groups, self._numbers, self._measured, strict=True
         ):
             rule = group.rule
-            limit: Scalar = rule.limits(total, norms)
-            if not isinstance(rule, (Rule, StatelessRule)):
-                _require_limit(limit, rule, norms)
+            limit: Scalar = self._limits(rule, total, norms)
             if rule.per_parameter:
                 measured: Scalar = norms
             else:
                 limit, measured = _ops.known(limit), number
             self.limits.append(limit)
             self.coefficients.append(_ops.clip_coefficient(limit, measured, rule.epsilon))
-            if isinstance(self._settings.skip_above, TimesLimit):
-                spike = self._settings.skip_above.is_exceeded(measured, limit)
-                self.skips = self.skips | _on(spike, self.returned.device)
-        if isinstance(self._settings.skip_above, float):
-            self.skips = self.total > self._settings.skip_above
-        self.skips = self.skips & self.is_finite
-        if self._settings.nonfinite == "skip":
-            self.skips = self.skips | (self.is_finite ^ True)
-        if self._settings.nonfinite == "zero":
+        if settings.nonfinite == "zero":
             self.coefficients = [_ops.select(self.is_finite, c, 0.0) for c in self.coefficients]
-        elif self.skips is not False:
+        if self.skips is not False:
             self.coefficients = [_ops.select(self.skips, 1.0, c) for c in self.coefficients]
+
+    def _may_skip(self) -> bool:
+        return self._settings.skip_above is not None
+
+    def _is_spike(self) -> bool | Tensor:
+        """Whether the norm is above ``skip_above``; no rule learns of the step by this."""
+        above = self._settings.skip_above
+        if isinstance(above, float):
+            return self.total > above
+        spike: bool | Tensor = False
+        assert above is not None
+        for group, number, (total, norms) in zip(
+            self._groups, self._numbers, self._measured, strict=True
+        ):
+            # A copy is asked, because a rule takes in what it is asked about.
+            limit: Scalar = copy.deepcopy(group.rule).limits(total.clone(), norms.clone())
+            if group.rule.per_parameter:
+                exceeds = above.is_exceeded(norms, limit)
+            else:
+                exceeds = above.is_exceeded(number, _ops.known(limit))
+            if isinstance(exceeds, Tensor):
+                exceeds = exceeds.to(self.returned.device)
+            spike = spike | exceeds
+        known = _ops.known(spike) if isinstance(spike, Tensor) else spike
+        return known if isinstance(known, Tensor) else bool(known)
+
+    def _limits(self, rule: Threshold, total: Tensor, norms: Tensor) -> Tensor:
+        """A rule's limits; to a step that is skipped it is blind, as to a NaN."""
+        if self.skips is not False:
+            skips = torch.as_tensor(self.skips, device=total.device)
+            total, norms = total.masked_fill(skips, math.nan), norms.masked_fill(skips, math.nan)
+        if isinstance(rule, (Rule, StatelessRule)):
+            return rule.limits(total, norms)
+        # Copies, which a rule of the user's own may write to.
+        limits = rule.limits(total.clone(), norms.clone())
+        # What it makes of a norm that is not finite is its own affair.
+        is_finite = self.is_finite
+        if isinstance(is_finite, Tensor) and is_finite.is_cpu:
+            is_finite = bool(is_finite)
+        require_limit(limits, rule, norms, self.skips is False and is_finite is True)
+        return limits
 
     def write(self) -> None:
         """Scale the gradients, and add the weight decay if that has not been done yet."""
@@ -199,9 +220,20 @@ class Step:
     def _together(self) -> tuple[Tensor, Tensor]:
         """The norm of all groups and the norms of all gradients, on the device of the first."""
         device = self._measured[0][0].device
-        totals = torch.stack([total.to(device) for total, _ in self._measured])
+        totals = [total.to(device) for total, _ in self._measured]
         norms = torch.cat([norms.to(device) for _, norms in self._measured])
-        return torch.linalg.vector_norm(totals, self._settings.norm_type), norms
+        norm_type = self._settings.norm_type
+        if norm_type < 0.0:
+            # A group without gradients would count with the smallest norm there is.
+            totals = [
+                total
+                for total, group in zip(totals, self._groups, strict=True)
+                if any(parameter.grad is not None for parameter in group.parameters)
+            ] or totals
+        stacked = torch.stack(totals)
+        if norm_type == 0.0:
+            return stacked.sum(), norms
+        return torch.linalg.vector_norm(stacked, norm_type), norms
 
     def _scale(self, group: Group, coefficient: Scalar) -> None:
         clears = self._settings.nonfinite == "zero"
@@ -239,79 +271,3 @@ class Step:
         return _arguments.nonfinite_error(
             self._settings.norm_type, [grad for _, grad in pairs], [name for name, _ in pairs]
         )
-
-
-def read_rules(max_norm: Any, groups: int) -> list[Threshold]:
-    """``max_norm`` of a clipper as rules: one for all, or one for each of the groups."""
-    if not isinstance(max_norm, (list, tuple)):
-        return [_rule(max_norm, "max_norm")]
-    if len(max_norm) != groups:
-        raise ValueError(
-            f"GradClipper: max_norm has to have one entry for each of the {groups} parameter "
-            f"groups, found {len(max_norm)}"
-        )
-    rules = [_rule(rule, f"max_norm[{place}]") for place, rule in enumerate(max_norm)]
-    places: dict[int, int] = {}
-    for place, rule in enumerate(rules):
-        first = places.setdefault(id(rule), place)
-        if first != place and not isinstance(rule, StatelessRule):
-            raise ValueError(
-                f"GradClipper: max_norm[{first}] and max_norm[{place}] are the same "
-                f"{name_of(rule)} object, which would mix the histories of two groups; pass one "
-                "object for each"
-            )
-    return rules
-
-
-def _rule(value: Any, argument: str) -> Threshold:
-    if isinstance(value, Threshold):
-        return value
-    return FixedThreshold(_arguments.clip_bound(value, "GradClipper", argument))
-
-
-def name_of(rule: Threshold) -> str:
-    """What messages call a rule."""
-    return "float" if isinstance(rule, FixedThreshold) else type(rule).__name__
-
-
-def places_of(known: Group, group: Group) -> list[int | None]:
-    """For each parameter of a group the place it had before, None for a new one.
-
-    Another object under a known name and of the same shape is taken for the same parameter. Places
-    in a list are no names; there the object alone counts.
-    """
-    by_object = {id(parameter): place for place, parameter in enumerate(known.parameters)}
-    by_name = {name: place for place, name in enumerate(known.names) if not name.endswith("]")}
-    places = []
-    for name, parameter in zip(group.names, group.parameters, strict=True):
-        place = by_object.get(id(parameter))
-        if place is None and name in by_name:
-            named = by_name[name]
-            place = named if known.parameters[named].shape == parameter.shape else None
-        places.append(place)
-    return places
-
-
-def _require_limit(limit: Any, rule: Threshold, norms: Tensor) -> None:
-    """Refuse what a user's own rule must not give; only numbers on the host are looked at."""
-    name = f"GradClipper: the rule {type(rule).__name__}"
-    if not isinstance(limit, Tensor):
-        raise TypeError(
-            f"{name} has to give its limits as a tensor, found {_arguments.describe(limit)}"
-        )
-    shape = tuple(norms.shape) if rule.per_parameter else ()
-    if tuple(limit.shape) != shape:
-        raise ValueError(
-            f"{name} has to give limits of shape {shape}, found shape {tuple(limit.shape)}"
-        )
-    if limit.device.type != "cpu":
-        return
-    wrong = limit[~(limit >= 0.0)] if limit.dim() else limit.reshape(1)[~(limit >= 0.0).reshape(1)]
-    if wrong.numel() > 0:
-        raise ValueError(
-            f"{name} has to give limits that are not negative, found {wrong[0].item()}"
-        )
-
-
-def _on(flag: bool | Tensor, device: torch.device) -> bool | Tensor:
-    return flag.to(device) if isinstance(flag, Tensor) else flag

@@ -13,15 +13,8 @@ from torch import Tensor
 from gradclip_ext import _arguments, _counters, _names
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
-from gradclip_ext._step import (
-    POLICIES,
-    Group,
-    Settings,
-    Step,
-    name_of,
-    places_of,
-    read_rules,
-)
+from gradclip_ext._rules import Group, name_of, places_of, read_rules, require_length
+from gradclip_ext._step import POLICIES, Settings, Step
 from gradclip_ext.thresholds import (
     AGC,
     Rule,
@@ -107,17 +100,19 @@ class GradClipper:
         include: a function of a name and a parameter, called whenever parameters are collected.
             Those for which it returns False are neither measured nor changed. The parameters of
             groups with ``"clip_grad": False`` are left out as well.
-        skip_above: skip a step whose finite norm is above this number, or above a multiple of its
-            limit, :class:`gradclip_ext.TimesLimit`: its gradients stay as they are, and
-            ``found_inf`` becomes 1.
+        skip_above: skip a step whose norm is above this number, or above a multiple of its limit,
+            :class:`gradclip_ext.TimesLimit`: its gradients stay as they are, no rule takes it in,
+            and ``found_inf`` becomes 1. So does one whose norm is not finite, unless ``nonfinite``
+            is ``"zero"`` or ``"raise"``.
         max_skips_in_a_row: how many steps may be skipped one right after another before
             :meth:`report` and :meth:`state_dict` raise. Can be changed later.
 
     Attributes:
-        found_inf: float32 tensor of shape ``(1,)``, 1 if the last norm was not finite, else 0.
-            Handed once to one of torch's fused optimizers, it makes the optimizer skip the update
-            in such a step: ``optimizer.found_inf = clipper.found_inf`` for fused SGD, and the 0-dim
-            view ``clipper.found_inf[0]``, the same memory, for fused Adam, AdamW and Adagrad.
+        found_inf: 0-dim float32 tensor, 1 if the last norm was not finite or the step is to be
+            skipped, else 0. Handed to one of torch's fused optimizers, ``optimizer.found_inf =
+            clipper.found_inf``, it makes the optimizer skip the update in such a step.
+            ``GradScaler.step`` replaces it by the scaler's own flag; see docs/clipper.md.
+        max_skips_in_a_row: the argument of that name.
 
     Raises:
         TypeError: an argument or a parameter has the wrong type.
@@ -187,7 +182,7 @@ class GradClipper:
         # On a GPU these become tensors there, read only on demand.
         self._counters = _counters.Counters()
         self._last: Step | None = None
-        self._groups = self._read_groups()
+        self._groups = self._known = self._read_groups()
         self._grouped = self._collection.groups
         self.found_inf = _flag(self._collection.parameters[0].device)
 
@@ -211,9 +206,7 @@ class GradClipper:
                 parameters have changed; or it returns a limit that is negative, NaN or of another
                 shape.
         """
-        self._collection.refresh()
-        if self._grouped is not self._collection.groups:
-            self._regroup()
+        self._follow()
         step = Step(self._settings, self._groups)
         before = self._states_of_rules() if self._has_own_rules else None
         try:
@@ -246,7 +239,7 @@ class GradClipper:
             names=step.names,
             norms=tuple(step.norms.tolist()),
             total_norm=float(step.total),
-            coefficient=min(_smallest(coefficient) for coefficient in step.coefficients),
+            coefficient=_smallest_of([_smallest(c) for c in step.coefficients]),
             limits=tuple(
                 _smallest(next(limits)) if group.names else math.inf for group in step.groups
             ),
@@ -265,7 +258,7 @@ class GradClipper:
             RuntimeError: more steps in a row were skipped than ``max_skips_in_a_row``.
         """
         return {
-            "names": list(self._collection.names),
+            "names": [name for group in self._groups for name in group.names],
             **self._read_counters(),
             "rules": self._states_of_rules(),
         }
@@ -278,9 +271,16 @@ class GradClipper:
             ValueError: the state is that of another model or of other rules, or cannot be that of
                 a clipper. Nothing is changed then.
         """
+        self._follow()
         required, optional = _counters.keys()
         required |= {"names", "rules"}
         _arguments.state_keys(state, required, optional, _FUNCTION)
+        for key in ("names", "rules"):
+            if not isinstance(state[key], (list, tuple)):
+                raise TypeError(
+                    f"{_FUNCTION}: state[{key!r}] has to be a list, found "
+                    f"{_arguments.describe(state[key])}"
+                )
         names, own = tuple(state["names"]), self._collection.names
         if not _names.agree(own, names):
             raise ValueError(
@@ -304,6 +304,8 @@ class GradClipper:
         before = self._states_of_rules()
         try:
             self._restore_rules(states)
+            for group in self._groups:
+                require_length(group)
         except Exception:
             self._restore_rules(before)
             raise
@@ -338,13 +340,20 @@ class GradClipper:
             for rule, own in zip(self._rules, self._ranges(), strict=True)
         ]
 
-    def _regroup(self) -> None:
-        """Follow other parameters: what a rule knows of one stays with its name."""
+    def _follow(self) -> None:
+        """Follow the source to other parameters: what a rule knows of one stays with its name."""
+        self._collection.refresh()
+        if self._grouped is self._collection.groups:
+            return
         groups = self._read_groups()
         changes = []
-        for known, group in zip(self._groups, groups, strict=True):
+        for place, group in enumerate(groups):
+            if not group.names or not group.rule.per_parameter:
+                continue
+            # Those that it had when it last had any, for a group that was left out in between.
+            known = self._known[place]
             places = places_of(known, group)
-            if not group.rule.per_parameter or places == list(range(len(known.names))):
+            if places == list(range(len(known.names))):
                 continue
             if not hasattr(group.rule, "rearrange"):
                 raise ValueError(
@@ -355,6 +364,10 @@ class GradClipper:
             changes.append((group.rule, places))
         for rule, places in changes:
             rule.rearrange(places)
+        self._known = [
+            group if group.names else known
+            for known, group in zip(self._known, groups, strict=True)
+        ]
         self._groups = groups
         self._grouped = self._collection.groups
 
@@ -374,6 +387,11 @@ def _flag(device: torch.device) -> Tensor:
     # Float32 and not an inference tensor, whatever is active: torch's optimizers ask for that.
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def _smallest_of(numbers: list[float]) -> float:
+    """NaN if any is: Python's min would depend on their order."""
+    return math.nan if any(math.isnan(number) for number in numbers) else min(numbers)
 
 
 def _smallest(number: Scalar) -> float:

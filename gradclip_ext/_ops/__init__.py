@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import dtensor, fallback, gradients, units
+from gradclip_ext._ops import fallback, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.observation import compiling
@@ -190,11 +190,9 @@ def decayed_grad_norms(
 
     It takes a copy of one gradient at a time.
     """
-    one = Caller(caller.function, "gradients")
 
     def norm_of(gradient: Tensor) -> Tensor:
-        norm = get_total_norm([gradient], norm_type, False, None, torch.float64, one)
-        return dtensor.whole(norm)
+        return fallback.norm_of_one(gradient, "gradient", norm_type)
 
     norms = by_hand.decayed_grad_norms(parameters, norm_type, weight_decay, caller, norm_of)
     return norms or fallback.grad_norms(parameters, norm_type, caller)

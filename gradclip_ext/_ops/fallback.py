@@ -135,13 +135,14 @@ def grad_norms(
         each = [
             nothing
             if gradient is None
-            else _norm_of_one(gradient, caller.entry(index), norm_type).to(total.device)
+            else norm_of_one(gradient, caller.entry(index), norm_type).to(total.device)
             for index, gradient in enumerate(found)
         ]
         return total, torch.stack(each)
 
 
-def _norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
+def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
+    """The norm of one gradient as a plain 0-dim float64 tensor."""
     gradients = Gradients([gradient], [name], norm_type)
     if gradients.measured:
         return gradients.total_norm(norm_type, None, torch.float64)[0]

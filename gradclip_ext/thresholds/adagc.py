@@ -104,6 +104,11 @@ class AdaGC(Rule):
         chosen = torch.tensor(indices, dtype=torch.int64, device=gamma.device)
         self._state = {**self._state, "gamma": extended.index_select(0, chosen)}
 
+    @property
+    def parameter_count(self) -> int | None:
+        """How many parameters the averages are for, None before the first step."""
+        return self._state["gamma"].numel() if self._state else None
+
     def _initial(self, parameter_count: int, device: torch.device) -> dict[str, Tensor]:
         return {
             "count": torch.zeros((), dtype=torch.float64, device=device),
