@@ -186,8 +186,8 @@ def clip_bound(value: Any, function: str, argument: str) -> float:
 
 
 def weight_decay(value: Any, function: str) -> float:
-    """``weight_decay`` of a clipper, not negative and finite."""
-    number = _known_number(value)
+    """``weight_decay`` of a clipper: finite and not negative."""
+    number = None if isinstance(value, bool) else _known_number(value)
     if number is None or not 0.0 <= number < math.inf:
         raise ValueError(
             f"{function}: weight_decay has to be a finite number that is not negative, "

@@ -125,8 +125,10 @@ class Step:
         for group, number, (total, norms) in zip(
             self._groups, self._numbers, self._measured, strict=True
         ):
-            # A copy is asked, because a rule takes in what it is asked about.
-            limit: Scalar = copy.deepcopy(group.rule).limits(total.clone(), norms.clone())
+            # The limit of the steps before: a NaN is no observation. A copy is asked, because a
+            # rule of the user's own may take it for one.
+            blind = torch.full_like(total, math.nan), torch.full_like(norms, math.nan)
+            limit: Scalar = copy.deepcopy(group.rule).limits(*blind)
             if group.rule.per_parameter:
                 exceeds = above.is_exceeded(norms, limit)
             else:
@@ -182,7 +184,7 @@ class Step:
         waits = settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
         found = [None if waits else self._measured_natively(group) for group in self._groups]
         if None in found:
-            _ops.refuse_mixed_meta([group.parameters for group in self._groups], self.names)
+            _ops.refuse_meta([group.parameters for group in self._groups], self.names)
             for group, norms in zip(self._groups, found, strict=True):
                 if norms is None:
                     _ops.require_writable(

@@ -44,7 +44,7 @@ __all__ = [
     "native_grad_norms",
     "native_grad_norms_of_each",
     "project_",
-    "refuse_mixed_meta",
+    "refuse_meta",
     "require_writable",
     "scale_",
     "scale_each_",
@@ -225,11 +225,11 @@ def require_writable(
         units.require_units(parameters, caller)
 
 
-def refuse_mixed_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
-    """Raise if some gradients of the groups are on the meta device and others are not."""
+def refuse_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
+    """Raise if a gradient of the groups is on the meta device, where there is nothing to clip."""
     listed = [parameter for group in groups for parameter in group]
     given, own = gradients.read_grads(listed, Caller("GradClipper", names=tuple(names)))
-    gradients.refuse_mixed_meta(given, own, "GradClipper")
+    gradients.refuse_meta(given, own, "GradClipper")
 
 
 def are_complex(parameters: Sequence[Any]) -> bool:

@@ -241,14 +241,11 @@ def require_shape(parameter: Tensor, gradient: Tensor, name: str, function: str)
         )
 
 
-def refuse_mixed_meta(gradients: list[Tensor], names: list[str], function: str) -> None:
-    """Refuse gradients on the meta device, which have no values, beside others."""
-    is_meta = [gradient.is_meta for gradient in gradients]
-    if any(is_meta) and not all(is_meta):
-        raise RuntimeError(
-            f"{function}: {names[is_meta.index(True)]} is on the meta device and has no values, "
-            f"unlike {names[is_meta.index(False)]}"
-        )
+def refuse_meta(gradients: list[Tensor], names: list[str], function: str) -> None:
+    """Raise for a gradient on the meta device, which has no values."""
+    for gradient, name in zip(gradients, names, strict=True):
+        if gradient.is_meta:
+            raise RuntimeError(f"{function}: {name} is on the meta device and has no values")
 
 
 def refuse_integers(gradients: list[Tensor], names: list[str], function: str) -> None:

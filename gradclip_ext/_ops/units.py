@@ -70,6 +70,12 @@ def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tenso
             _multiply_(probe, torch.ones(1, dtype=torch.float64, device=probe.device))
 
     rehearse(given, multiply)
+
+    def measure(probes: list[Tensor]) -> None:
+        for probe in probes:
+            _coefficients(probe, probe, 1.0, 1.0)
+
+    rehearse([*given, *(parameter for parameter, _, _ in pairs)], measure)
     return [(parameter, gradient) for parameter, gradient, _ in pairs]
 
 

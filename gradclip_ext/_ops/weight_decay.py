@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip_ext import _C
 from gradclip_ext._ops import torch_ops, torch_private
 from gradclip_ext._ops.gradients import (
     Caller,
@@ -19,6 +20,7 @@ from gradclip_ext._ops.gradients import (
     require_shape,
     require_storage,
 )
+from gradclip_ext._ops.observation import compiling
 
 # The largest factor that every dtype of the native engine can hold: that of float16.
 LARGEST_NATIVE_FACTOR = 65504.0
@@ -112,15 +114,42 @@ def _read(
     for parameter, gradient, name in zip(owners, given, names, strict=True):
         _refuse(parameter, gradient, weight_decay, name, caller.function)
     refuse_unwritable(given, names, caller.function)
+    for owner, gradient, name in zip(owners, given, names, strict=True):
+        _refuse_partial_overlap(owner, gradient, name, caller.function)
 
     def add(probes: list[Tensor]) -> None:
         for probe in probes:
             probe.add_(probe.resolve_conj().resolve_neg().clone(), alpha=weight_decay)
 
     rehearse(given, add)
+    wanted = {gradient.dtype for gradient in given}
+
+    def convert(probes: list[Tensor]) -> None:
+        for probe in probes:
+            for dtype in wanted:
+                probe.to(dtype)
+
+    rehearse(owners, convert)
     # Without duplicates, so that no multi-tensor operation writes the same memory twice at once.
     pairs = zip(owners, given, strict=True)
     return list({id(owner): (gradient, owner) for owner, gradient in pairs}.values())
+
+
+def _refuse_partial_overlap(parameter: Tensor, gradient: Tensor, name: str, function: str) -> None:
+    """Raise what torch raises where a gradient shares only a part of its parameter's memory."""
+    if compiling() or not (_C.is_native(parameter) and _C.is_native(gradient)):
+        return
+    if not (_C.is_flat(parameter) and _C.is_flat(gradient)) or gradient.numel() == 0:
+        return
+    begin, other = gradient.data_ptr(), parameter.data_ptr()
+    end = begin + gradient.numel() * gradient.element_size()
+    other_end = other + parameter.numel() * parameter.element_size()
+    if begin < other_end and other < end and (begin, end) != (other, other_end):
+        raise RuntimeError(
+            f"{function}: {name}: unsupported operation: some elements of the input tensor and the "
+            "written-to tensor refer to a single memory location. Please clone() the tensor before "
+            "performing the operation."
+        )
 
 
 def _refuse(

@@ -11,7 +11,10 @@ __all__ = ["TimesLimit"]
 
 
 class TimesLimit:
-    """For ``GradClipper(skip_above=...)``: a factor of the limit that the rule gives at each step.
+    """For ``GradClipper(skip_above=...)``: a factor of the rule's limit before each step.
+
+    That is the limit which the rule draws from the steps before, for a total that is not finite; the
+    norm that is judged does not raise it.
 
     Args:
         factor: how many times its limit a norm may be before the step is skipped, at least 1.

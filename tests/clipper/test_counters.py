@@ -10,7 +10,7 @@ import torch
 from models import gradients_of, make_model, set_gradients
 from torch import nn
 
-from gradclip_ext import AGC, GradClipper, TimesLimit
+from gradclip_ext import AGC, AdaGC, AutoClip, GradClipper, TimesLimit, ZClip
 
 
 def weight_with(gradient):
@@ -213,3 +213,63 @@ class TestFlag:
             torch.set_default_dtype(torch.float32)
         assert clipper.found_inf.dtype == torch.float32
         assert clipper.found_inf.shape == ()
+
+
+class TestSkippedStepsAndRules:
+    def fed(self, rule, norms, **arguments):
+        weight = nn.Parameter(torch.ones(2))
+        clipper = GradClipper([weight], rule, **arguments)
+        for norm in norms:
+            weight.grad = torch.tensor([norm, 0.0])
+            clipper.clip_()
+        return clipper
+
+    @pytest.mark.parametrize("above", [100.0, TimesLimit(20.0)], ids=["number", "factor"])
+    @pytest.mark.parametrize(
+        "rule",
+        [lambda: ZClip(warmup_steps=3), lambda: AutoClip(99.0), lambda: AdaGC(warmup_steps=2)],
+        ids=["ZClip", "AutoClip", "AdaGC"],
+    )
+    def test_no_rule_takes_in_a_spike(self, rule, above):
+        norms = [1.0, 1.1, 0.9, 1.0, 1.05]
+        spiked = self.fed(rule(), [*norms[:4], 1e20, *norms[4:]], skip_above=above)
+        plain = self.fed(rule(), norms, skip_above=above)
+        assert spiked.report().skipped_steps == 1
+        assert repr(spiked.state_dict()["rules"]) == repr(plain.state_dict()["rules"])
+
+    @pytest.mark.parametrize("policy", ["propagate", "skip"])
+    def test_nan_and_spikes_are_one_row(self, policy):
+        norms = [1.0, 1e3, math.nan, 1e3, math.inf]
+        clipper = self.fed(1.0, norms, skip_above=10.0, nonfinite=policy)
+        state = clipper.state_dict()
+        assert (state["skipped_steps"], state["skips_in_a_row"]) == (4, 4)
+        assert state["nonfinite_steps"] == 2
+
+    def test_coefficient_is_nan_in_any_order_of_groups(self):
+        for place in (0, 1):
+            weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+            for weight in weights:
+                weight.grad = torch.ones(2)
+            weights[place].grad[0] = math.nan
+            clipper = GradClipper([{"params": [weight]} for weight in weights], [1.0, 1.0])
+            clipper.clip_()
+            assert math.isnan(clipper.report().coefficient)
+
+
+class TestNormTypes:
+    @pytest.mark.parametrize("norm_type", [0.0, 0.5, 3.0, -1.0, -math.inf])
+    @pytest.mark.parametrize("arguments", [{}, {"weight_decay": 1e-30}, {"nonfinite": "raise"}])
+    def test_groups_together_are_as_one(self, norm_type, arguments):
+        def weights():
+            result = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+            gradients = ([1.0, 0.5, 2.0], [3.0, 4.0, 5.0], [0.25, 7.0, 8.0])
+            for weight, values in zip(result, gradients, strict=False):
+                weight.grad = torch.tensor(values)
+            return result
+
+        a, b, c, d = weights()
+        groups = [{"params": [a, b]}, {"params": [c]}, {"params": [d]}]
+        split = GradClipper(groups, [math.inf] * 3, norm_type=norm_type, **arguments)
+        whole = GradClipper(weights(), math.inf, norm_type=norm_type, **arguments)
+        assert split.clip_().item() == pytest.approx(whole.clip_().item(), rel=1e-6)
+        assert split.report().norms == pytest.approx(whole.report().norms, rel=1e-6)

@@ -296,3 +296,82 @@ class TestLoading:
         with pytest.raises(ValueError, match="ZClip"):
             clipper.load_state_dict(state)
         assert repr(clipper.state_dict()) == before
+
+
+class TestLoadingAfterAChange:
+    def optimizer(self, count=2):
+        parameters = [nn.Parameter(torch.ones(2)) for _ in range(2 * count)]
+        for parameter in parameters:
+            parameter.grad = torch.tensor([3.0, 4.0])
+        groups = [{"params": parameters[:count]}, {"params": parameters[count:]}]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    def test_what_is_left_out_comes_with_the_optimizer(self):
+        optimizer = self.optimizer()
+        optimizer.param_groups[1]["clip_grad"] = False
+        clipper = GradClipper(optimizer, 1.0)
+        clipper.clip_()
+        saved = optimizer.state_dict(), clipper.state_dict()
+        other = self.optimizer()
+        resumed = GradClipper(other, 1.0)
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        assert resumed.state_dict()["steps"] == 1
+
+    def test_averages_for_other_groups_are_refused(self):
+        optimizer = self.optimizer()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        named = [(f"p{index}", parameter) for index, parameter in enumerate(parameters)]
+
+        def clipper(first):
+            groups = [{"params": part} for part in (named[:first], named[first:])]
+            groups = [
+                {
+                    "params": [p for _, p in group["params"]],
+                    "param_names": [n for n, _ in group["params"]],
+                }
+                for group in groups
+            ]
+            return GradClipper(groups, [AdaGC(warmup_steps=0), AdaGC(warmup_steps=0)])
+
+        saved, other = clipper(1), clipper(3)
+        saved.clip_()
+        with pytest.raises(ValueError, match="the state of AdaGC is for 1 parameters, expected 3"):
+            other.load_state_dict(saved.state_dict())
+        other.clip_()
+        assert other.report().steps == 1
+
+    def test_a_group_that_is_left_out_and_comes_back(self):
+        optimizer = self.optimizer(1)
+        clipper = GradClipper(optimizer, [1.0, AdaGC(1.0, 1.0, warmup_steps=1, absolute_limit=1e9)])
+        clipper.clip_()
+        group = optimizer.param_groups[1]
+        group["clip_grad"] = False
+        clipper.clip_()
+        assert clipper.report().limits == (1.0, math.inf)
+        group["clip_grad"] = True
+        group["params"][0].grad = torch.tensor([30.0, 40.0])
+        clipper.clip_()
+        assert group["params"][0].grad.tolist() == pytest.approx([3.0, 4.0])
+
+    @pytest.mark.parametrize(
+        "numbers",
+        [
+            {"clipped_steps": 5, "nonfinite_steps": 5},
+            {"skips_in_a_row": 2},
+            {"last_norm_is_finite": 0},
+        ],
+        ids=repr,
+    )
+    def test_counters_that_contradict_one_another(self, numbers):
+        clipper = GradClipper(make_model(), 1.0)
+        state = {**clipper.state_dict(), "steps": 5, **numbers}
+        with pytest.raises(ValueError, match="counters of the state have to agree"):
+            clipper.load_state_dict(state)
+
+    @pytest.mark.parametrize("key", ["names", "rules"])
+    @pytest.mark.parametrize("value", [None, 7], ids=repr)
+    def test_lists_that_are_none(self, key, value):
+        clipper = GradClipper(make_model(), 1.0)
+        with pytest.raises(TypeError, match=f"state\\['{key}'\\] has to be a list"):
+            clipper.load_state_dict({**clipper.state_dict(), key: value})

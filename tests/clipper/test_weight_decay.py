@@ -88,3 +88,20 @@ def test_nan_in_a_parameter_raises_with_nothing_changed():
         clipper.clip_()
     assert (parameter.grad == 2.0).all()
     assert (other.grad == 2.0).all()
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise"])
+def test_a_partial_overlap_after_another_gradient_changes_nothing(policy):
+    first = pair(torch.float32)
+    memory = torch.arange(1.0, 9.0)
+    second = nn.Parameter(memory[0:4])
+    second.grad = memory[2:6]
+    before = memory.clone()
+    for clip in (
+        lambda: GradClipper([first, second], 1.0, nonfinite=policy, weight_decay=0.5).clip_(),
+        lambda: add_weight_decay_([first, second], 0.5),
+    ):
+        with pytest.raises(RuntimeError, match="refer to a single memory location"):
+            clip()
+        assert (first.grad == 2.0).all()
+        assert torch.equal(memory, before)
