@@ -13,8 +13,8 @@ __all__ = ["TimesLimit"]
 class TimesLimit:
     """For ``GradClipper(skip_above=...)``: a factor of the rule's limit before each step.
 
-    That is the limit which the rule draws from the steps before, for a total that is not finite; the
-    norm that is judged does not raise it.
+    That is the limit which the rule draws from earlier steps alone, as for a total that is not
+    finite: the norm that is judged does not raise it.
 
     Args:
         factor: how many times its limit a norm may be before the step is skipped, at least 1.
