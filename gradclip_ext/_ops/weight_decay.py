@@ -73,19 +73,53 @@ def decayed_grad_norms(
 ) -> tuple[Tensor, Tensor] | None:
     """The norms after the weight decay, with nothing written: None if there is no gradient.
 
-    ``norm_of`` measures a copy of one gradient after another.
+    ``norm_of`` measures a copy of one gradient after another; of all at once where they share
+    memory, in which the decay of one is part of another.
     """
     pairs = _read(parameters, weight_decay, caller)
     if not pairs:
         return None
     owners = {id(parameter): index for index, parameter in enumerate(parameters)}
-    found = [norm_of(_added(gradient, weight, weight_decay)) for gradient, weight in pairs]
+    if _share_storages(pairs):
+        found = [norm_of(gradient) for gradient in _decayed_together(pairs, weight_decay)]
+    else:
+        found = [norm_of(_added(gradient, weight, weight_decay)) for gradient, weight in pairs]
     measured = torch.stack([norm.to(found[0].device) for norm in found])
     total = measured.sum() if norm_type == 0.0 else torch.linalg.vector_norm(measured, norm_type)
     each = measured.new_zeros(len(parameters))
     for (_, weight), norm in zip(pairs, measured, strict=True):
         each[owners[id(weight)]] = norm
     return total, each
+
+
+def _share_storages(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether a gradient lies in the storage of another gradient or of a parameter."""
+    if compiling() or not all(_C.is_native(g) and _C.is_native(w) for g, w in pairs):
+        return False
+    gradients = [gradient.untyped_storage().data_ptr() for gradient, _ in pairs]
+    weights = {weight.untyped_storage().data_ptr() for _, weight in pairs}
+    return len(set(gradients)) < len(gradients) or not weights.isdisjoint(gradients)
+
+
+def _decayed_together(pairs: list[tuple[Tensor, Tensor]], weight_decay: float) -> list[Tensor]:
+    """The gradients after the decay, in copies of their storages that are shared as these are."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            storages[storage.data_ptr()] = memory.clone().untyped_storage()
+        copy = storages[storage.data_ptr()]
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        view.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+        view = torch_private.negated(view) if tensor.is_neg() else view
+        return view.conj() if tensor.is_conj() else view
+
+    copies = [(copied(gradient), copied(weight)) for gradient, weight in pairs]
+    for gradient, weight in copies:
+        gradient.add_(weight.to(gradient.device, gradient.dtype), alpha=weight_decay)
+    return [gradient for gradient, _ in copies]
 
 
 def _added(gradient: Tensor, weight: Tensor, weight_decay: float) -> Tensor:

@@ -105,3 +105,29 @@ def test_a_partial_overlap_after_another_gradient_changes_nothing(policy):
             clip()
         assert (first.grad == 2.0).all()
         assert torch.equal(memory, before)
+
+
+def shared(kind):
+    memory = torch.arange(3.0, 11.0)
+    first, second = nn.Parameter(torch.ones(4)), nn.Parameter(torch.full((4,), 2.0))
+    first.grad = memory[:4]
+    if kind == "one gradient for two":
+        second.grad = first.grad
+    elif kind == "overlapping views":
+        second.grad = memory[2:6]
+    else:
+        second.grad = torch.ones(4)
+        first.grad = second.data
+    return [first, second]
+
+
+@pytest.mark.parametrize("policy", ["propagate", "raise", "skip", "zero"])
+@pytest.mark.parametrize("kind", ["one gradient for two", "overlapping views", "a parameter"])
+def test_gradients_that_share_memory(kind, policy):
+    expected, ours = shared(kind), shared(kind)
+    add_weight_decay_(expected, 0.5)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in expected])
+    clipper = GradClipper(ours, math.inf, nonfinite=policy, weight_decay=0.5)
+    assert clipper.clip_().item() == pytest.approx(norm.item(), rel=1e-6)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one.grad, other.grad)
