@@ -161,7 +161,9 @@ def _read(
     def convert(probes: list[Tensor]) -> None:
         for probe in probes:
             for dtype in wanted:
-                probe.to(dtype)
+                # A real gradient of a complex parameter was refused above.
+                if dtype.is_complex or not probe.is_complex():
+                    probe.to(dtype)
 
     rehearse(owners, convert)
     # Without duplicates, so that no multi-tensor operation writes the same memory twice at once.
