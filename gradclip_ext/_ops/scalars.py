@@ -48,6 +48,8 @@ def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
     """The number if the condition holds, else the other."""
     if not isinstance(condition, Tensor):
         return number if condition else other
+    if isinstance(other, Tensor):
+        return torch.where(condition.to(other.device), number, other)
     if not isinstance(number, Tensor):
         number = torch.full_like(condition, number, dtype=torch.float64)
     return torch.where(condition.to(number.device), number, other)
@@ -58,7 +60,7 @@ def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:
 
     A NaN norm gives NaN; 1 if norm, limit and epsilon are all 0.
     """
-    total = norm + epsilon
+    total = norm + epsilon if epsilon > 0.0 else norm
     return select((total <= limit) | (limit == math.inf), 1.0, _quotient(limit, total))
 
 
