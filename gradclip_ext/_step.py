@@ -92,9 +92,11 @@ class Step:
     def decide(self) -> None:
         """Ask the rules for their limits, and make the coefficients of them."""
         settings = self._settings
+        skips_nonfinite = settings.nonfinite == "skip"
         if settings.skip_above is not None:
-            self.skips = self._is_spike() & self.is_finite
-        if settings.nonfinite == "skip" or (self._may_skip() and settings.nonfinite == "propagate"):
+            self.skips = self._is_spike(settings.skip_above) & self.is_finite
+            skips_nonfinite = skips_nonfinite or settings.nonfinite == "propagate"
+        if skips_nonfinite:
             self.skips = self.skips | (self.is_finite ^ True)
         for group, number, (total, norms) in zip(
             self._groups, self._numbers, self._measured, strict=True
@@ -112,16 +114,11 @@ class Step:
         if self.skips is not False:
             self.coefficients = [_ops.select(self.skips, 1.0, c) for c in self.coefficients]
 
-    def _may_skip(self) -> bool:
-        return self._settings.skip_above is not None
-
-    def _is_spike(self) -> bool | Tensor:
+    def _is_spike(self, above: float | TimesLimit) -> bool | Tensor:
         """Whether the norm is above ``skip_above``; no rule learns of the step by this."""
-        above = self._settings.skip_above
         if isinstance(above, float):
             return self.total > above
         spike: bool | Tensor = False
-        assert above is not None
         for group, number, (total, norms) in zip(
             self._groups, self._numbers, self._measured, strict=True
         ):
