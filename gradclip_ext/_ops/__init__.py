@@ -188,7 +188,7 @@ def decayed_grad_norms(
 ) -> tuple[Tensor, Tensor]:
     """What :func:`grad_norms` would measure after the weight decay, with nothing written yet.
 
-    It takes a copy of one gradient at a time.
+    It takes a copy of one gradient at a time, or of all where they share a storage.
     """
 
     def norm_of(gradient: Tensor) -> Tensor:
