@@ -16,17 +16,17 @@ namespace {
 // Below this, waking a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 512 * 1024;
 
-// Calls work(range of workers) on torch's own threads, as many as torch.set_num_threads allows.
-// Each thread gets one contiguous share, and the same share for the same index every time.
+// Calls work(range of tiles) on torch's own threads, as many as torch.set_num_threads allows. Each
+// thread gets one contiguous share, and the same share for the same index every time.
 template <class Work>
-void for_all_workers(const FlatIndex& index, bool serial, const Work& work) {
-  const int64_t workers = cpu::worker_count(index);
-  if (workers == 0) return;
+void for_all_tiles(const FlatIndex& index, bool serial, const Work& work) {
+  const int64_t tiles = index.tiles();
+  if (tiles == 0) return;
   if (serial || index.bytes() < kSerialBytes) {
-    work(Range{0, workers});
+    work(Range{0, tiles});
     return;
   }
-  at::parallel_for(0, workers, /*grain_size=*/1,
+  at::parallel_for(0, tiles, /*grain_size=*/1,
                    [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
 }
 
@@ -36,36 +36,29 @@ template <class Work>
 void write(const TensorList& tensors, const Work& work) {
   const FlatIndex index = tensors.index_for_writing();
   const bool serial = index.bytes() >= kSerialBytes && share_memory(index);
-  for_all_workers(index, serial, [&](Range workers) { work(index, workers); });
+  for_all_tiles(index, serial, [&](Range tiles) { work(index, tiles); });
 }
 
-// The power sum of each (tensor, worker) pair; `decay` may be null.
-std::vector<double> measured_slots(const FlatIndex& index, Norm kind, Precision precision,
+// The power sum of each tile; `decay` may be null.
+std::vector<double> measured_tiles(const FlatIndex& index, Norm kind, Precision precision,
                                    const Decay* decay) {
-  if (index.tensors() == 0) return {};
-  std::vector<double> slots(
-      static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index))));
-  for_all_workers(index, /*serial=*/false, [&](Range workers) {
-    cpu::power_sums(index, kind, precision, decay, workers, slots.data());
+  std::vector<double> sums(static_cast<size_t>(index.tiles()));
+  for_all_tiles(index, /*serial=*/false, [&](Range tiles) {
+    cpu::power_sums(index, kind, precision, decay, tiles, sums.data());
   });
-  return slots;
-}
-
-double sum_of(Norm kind, const std::vector<double>& slots) {
-  PowerSum total(kind);
-  for (const double partial : slots) total.add(partial);
-  return total.value();
+  return sums;
 }
 
 double measured(const TensorList& tensors, Norm kind, Precision precision) {
-  return sum_of(kind, measured_slots(tensors.index_for_reading(), kind, precision, nullptr));
+  return cpu::total_power_sum(
+      kind, measured_tiles(tensors.index_for_reading(), kind, precision, nullptr));
 }
 
 void scale_by(const TensorList& tensors, double coefficient) {
   // Not >= 1: NaN has to propagate to the gradients.
   if (coefficient == 1.0) return;
   write(tensors,
-        [&](const FlatIndex& index, Range workers) { cpu::scale(index, coefficient, workers); });
+        [&](const FlatIndex& index, Range tiles) { cpu::scale(index, coefficient, tiles); });
 }
 
 // A 0-dim tensor, allocated without the dispatcher.
@@ -93,14 +86,14 @@ at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
 
 Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm kind, Precision precision,
                const Decay* decay) {
-  const std::vector<double> slots = measured_slots(index, kind, precision, decay);
-  const std::vector<double> norms = cpu::tensor_norms(index, kind, slots);
+  const std::vector<double> sums = measured_tiles(index, kind, precision, decay);
+  const std::vector<double> norms = cpu::tensor_norms(index, kind, sums);
   const at::Tensor each(at::detail::empty_cpu({tensors.listed()}, at::kDouble));
   double* values = each.mutable_data_ptr<double>();
   std::fill_n(values, tensors.listed(), 0.0);
   const std::vector<int64_t> positions = tensors.positions();
   for (size_t i = 0; i < positions.size(); ++i) values[positions[i]] = norms[i];
-  return {scalar_tensor(finish(kind, sum_of(kind, slots)), at::kDouble), each};
+  return {scalar_tensor(finish(kind, cpu::total_power_sum(kind, sums)), at::kDouble), each};
 }
 
 class CpuEngine final : public Engine {
@@ -150,15 +143,14 @@ class CpuEngine final : public Engine {
     for (const int64_t position : tensors.positions()) {
       values.push_back(coefficients.const_data_ptr<double>()[position]);
     }
-    write(tensors, [&](const FlatIndex& index, Range workers) {
-      cpu::scale_each(index, values.data(), workers);
+    write(tensors, [&](const FlatIndex& index, Range tiles) {
+      cpu::scale_each(index, values.data(), tiles);
     });
     return true;
   }
 
   void clamp(const TensorList& tensors, double bound) const override {
-    write(tensors,
-          [&](const FlatIndex& index, Range workers) { cpu::clamp(index, bound, workers); });
+    write(tensors, [&](const FlatIndex& index, Range tiles) { cpu::clamp(index, bound, tiles); });
   }
 
  private:

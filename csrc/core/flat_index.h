@@ -1,6 +1,6 @@
 // The flat index space: all gradients laid end to end and cut into tiles of a fixed number of
-// bytes. Workers (CPU tasks, CUDA blocks) own contiguous ranges of tiles, whatever tensors they
-// belong to, so the load is balanced for any mixture of shapes and dtypes.
+// bytes. Threads of the CPU and workers of a GPU (its blocks) own contiguous ranges of tiles,
+// whatever tensors they belong to, so the load is balanced for any mixture of shapes and dtypes.
 #pragma once
 
 #include <algorithm>
@@ -116,34 +116,5 @@ class FlatIndex {
   int64_t tiles_ = 0;
   int64_t bytes_ = 0;
 };
-
-// Tiles of one tensor that are visited at once, where so many follow each other: enough for several
-// streams through memory, few enough that they stay in cache.
-inline constexpr int64_t kRunTiles = 4;
-
-// Calls visit(tensor, run) for one run after another, in ascending order: the order of measuring.
-// Starts at `tensor`, which holds the first tile or is the one before it, and returns the last.
-template <class Visit>
-int64_t walk_forward(const FlatIndex& index, Range tiles, int64_t tensor, const Visit& visit) {
-  for (int64_t tile = tiles.begin; tile < tiles.end;) {
-    if (tensor + 1 < index.tensors() && tile >= index.first_tile(tensor + 1)) ++tensor;
-    const int64_t end = std::min({tile + kRunTiles, index.end_tile(tensor), tiles.end});
-    visit(tensor, index.part(tensor, {tile, end}));
-    tile = end;
-  }
-  return tensor;
-}
-
-// The order of scaling: from the back, so that what was measured last, and is still in cache, is
-// written first. It goes back in strides of half a core's cache and forward within each of them,
-// because prefetchers run forward: going back tile by tile costs a quarter of memory bandwidth.
-template <class Visit>
-void walk_backward(const FlatIndex& index, Range tiles, const Visit& visit) {
-  constexpr int64_t kStrideTiles = 32;
-  for (int64_t end = tiles.end; end > tiles.begin; end -= kStrideTiles) {
-    const int64_t begin = std::max(tiles.begin, end - kStrideTiles);
-    walk_forward(index, {begin, end}, index.tensor_of(begin), visit);
-  }
-}
 
 }  // namespace gradclip

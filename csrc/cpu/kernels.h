@@ -1,6 +1,8 @@
-// The interface of the CPU kernels: functions on one contiguous run of elements. There is one
-// table per instruction set, all compiled from kernels_body.h.
+// The interface of the CPU kernels: functions on runs of tiles, each contiguous in memory. There is
+// one table per instruction set, all compiled from kernels_body.h.
 #pragma once
+
+#include <cstdint>
 
 #include "core/norm.h"
 #include "core/span.h"
@@ -15,16 +17,26 @@
 
 namespace gradclip::cpu {
 
+// How many runs are read or written side by side, in full tiles of one dtype and as many of each:
+// memory serves several streams faster than one.
+inline constexpr int64_t kStreams = 4;
+
 struct Kernels {
   const char* instruction_set;
-  // Sum of squares, sum of magnitudes, or largest magnitude of the run.
-  double (*power_sum)(Norm kind, Precision precision, const Span& run);
+  // For each tile of the run its sum of squares, sum of magnitudes, or largest magnitude.
+  void (*power_sums)(Norm kind, Precision precision, const Span& run, double* sums);
+  // The same of kStreams runs side by side; the bits of each tile are those of the above.
+  void (*power_sums_of_streams)(Norm kind, Precision precision, const Span* runs,
+                                double* const* sums);
   // Multiplies in place, rounding each element once.
   void (*scale)(const Span& run, double coefficient);
+  // The same of kStreams runs side by side, which may have memory in common.
+  void (*scale_streams)(const Span* runs, const double* coefficients);
   // Adds `factor` times the elements of another run of the same dtype.
   void (*add_scaled)(const Span& run, const void* others, double factor);
   // Clamps each element to [-bound, bound] in place; NaN stays NaN.
   void (*clamp)(const Span& run, double bound);
+  void (*clamp_streams)(const Span* runs, double bound);
 };
 
 extern const Kernels kPortableKernels;

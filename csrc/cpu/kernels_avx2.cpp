@@ -12,7 +12,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "core/flat_index.h"
 #include "core/norm.h"
 #include "core/span.h"
 #include "cpu/float16.h"
@@ -27,7 +29,8 @@ constexpr int kVectorBytes = 32;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", power_sum, scale, add_scaled, clamp};
+const Kernels kAvx2Kernels = {"avx2",     power_sums, power_sums_of_streams, scale, scale_streams,
+                              add_scaled, clamp,      clamp_streams};
 
 }  // namespace gradclip::cpu
 #endif

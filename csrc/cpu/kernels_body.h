@@ -8,33 +8,100 @@
 
 #include "cpu/sums_body.h"
 
+// Elements in two vectors' worth of numbers, which loops handle at once.
 template <class Element>
-void scale_values(Element* values, int64_t count, double coefficient) {
-  if (std::fabs(coefficient) < kSmallestFloat32Coefficient) {
-    for (int64_t i = 0; i < count; ++i) {
-      narrow(static_cast<float>(widen(values[i]) * coefficient), values + i);
-    }
-    return;
+constexpr int64_t kTwoVectors = 2 * kFloats;
+template <>
+constexpr int64_t kTwoVectors<double> = 2 * kDoubles;
+
+// Calls work(stream, values) for kChunk elements after another of kStreams runs side by side. A
+// load that follows a store to the same offset in another page waits for it, so the streams are
+// kept a fraction of a page apart: each starts that far into its run, and its beginning comes last.
+template <int64_t kChunk, class Element, class Work>
+GRADCLIP_INLINE void for_streams(Element* const* runs, int64_t count, const Work& work) {
+  constexpr uintptr_t kPage = 4096;
+  constexpr uintptr_t kChunkBytes = kChunk * sizeof(Element);
+  int64_t places[kStreams];
+  for (int64_t stream = 0; stream < kStreams; ++stream) {
+    const uintptr_t apart =
+        reinterpret_cast<uintptr_t>(runs[stream]) - reinterpret_cast<uintptr_t>(runs[0]);
+    const uintptr_t skew = (static_cast<uintptr_t>(stream) * (kPage / kStreams) - apart) % kPage;
+    places[stream] = static_cast<int64_t>(skew / kChunkBytes) * kChunk;
   }
-  // A caller's NaN payload may have bits in the half that bfloat16 cuts off.
-  const float factor = std::isnan(coefficient) ? std::numeric_limits<float>::quiet_NaN()
-                                               : static_cast<float>(coefficient);
-  const auto scale_two = [&](int64_t at) {
-    const TwoFloats two = load_two(values + at);
-    store_two({two.first * factor, two.second * factor}, values + at);
-  };
-  int64_t i = for_chunks<2 * kFloats>(values, count, scale_two);
-  for (; i + 2 * kFloats <= count; i += 2 * kFloats) scale_two(i);
-  for (; i < count; ++i) narrow(widen(values[i]) * factor, values + i);
+  for (int64_t done = 0; done < count; done += kChunk) {
+#pragma GCC unroll 4
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      work(stream, runs[stream] + places[stream]);
+      places[stream] += kChunk;
+      if (places[stream] == count) places[stream] = 0;
+    }
+  }
 }
 
-void scale_values(double* values, int64_t count, double coefficient) {
-  const auto scale_vector = [&](int64_t at) {
-    store(load(values + at) * coefficient, values + at);
-  };
-  int64_t i = for_chunks<kDoubles>(values, count, scale_vector);
-  for (; i + kDoubles <= count; i += kDoubles) scale_vector(i);
-  for (; i < count; ++i) values[i] *= coefficient;
+// A coefficient in the form that elements are multiplied by.
+template <class Element>
+GRADCLIP_INLINE float factor_of(double coefficient, const Element*) {
+  // A caller's NaN payload may have bits in the half that bfloat16 cuts off.
+  return std::isnan(coefficient) ? std::numeric_limits<float>::quiet_NaN()
+                                 : static_cast<float>(coefficient);
+}
+
+GRADCLIP_INLINE double factor_of(double coefficient, const double*) { return coefficient; }
+
+template <class Element>
+GRADCLIP_INLINE void scale_two(Element* values, float factor) {
+  const TwoFloats two = load_two(values);
+  store_two({two.first * factor, two.second * factor}, values);
+}
+
+GRADCLIP_INLINE void scale_two(double* values, double factor) {
+  store(load(values) * factor, values);
+  store(load(values + kDoubles) * factor, values + kDoubles);
+}
+
+template <class Element>
+GRADCLIP_INLINE void scale_one(Element* value, float factor) {
+  narrow(widen(*value) * factor, value);
+}
+
+GRADCLIP_INLINE void scale_one(double* value, double factor) { *value *= factor; }
+
+// Whether elements have to be multiplied in float64, though they are narrower.
+template <class Element>
+bool leaves_float32(double coefficient) {
+  return !std::is_same_v<Element, double> && std::fabs(coefficient) < kSmallestFloat32Coefficient;
+}
+
+template <class Element>
+void scale_values(Element* values, int64_t count, double coefficient) {
+  if constexpr (!std::is_same_v<Element, double>) {
+    if (leaves_float32<Element>(coefficient)) {
+      for (int64_t i = 0; i < count; ++i) {
+        narrow(static_cast<float>(widen(values[i]) * coefficient), values + i);
+      }
+      return;
+    }
+  }
+  const auto factor = factor_of(coefficient, values);
+  constexpr int64_t kTwo = kTwoVectors<Element>;
+  int64_t i = 0;
+  for (; i + kTwo <= count; i += kTwo) scale_two(values + i, factor);
+  for (; i < count; ++i) scale_one(values + i, factor);
+}
+
+template <class Element>
+void scale_values_of_streams(Element* const* values, int64_t count, const double* coefficients) {
+  decltype(factor_of(0.0, *values)) factors[kStreams];
+  for (int64_t stream = 0; stream < kStreams; ++stream) {
+    if (leaves_float32<Element>(coefficients[stream])) {
+      for (int64_t one = 0; one < kStreams; ++one)
+        scale_values(values[one], count, coefficients[one]);
+      return;
+    }
+    factors[stream] = factor_of(coefficients[stream], *values);
+  }
+  for_streams<kTwoVectors<Element>>(
+      values, count, [&](int64_t stream, Element* two) { scale_two(two, factors[stream]); });
 }
 
 template <class Element>
@@ -66,31 +133,36 @@ GRADCLIP_INLINE Value clamped(Value value, Value bound) {
 }
 
 template <class Element>
+GRADCLIP_INLINE void clamp_two(Element* values, double bound) {
+  const Floats bounds = Floats{} + static_cast<float>(bound);
+  const TwoFloats two = load_two(values);
+  store_two({clamped(two.first, bounds), clamped(two.second, bounds)}, values);
+}
+
+GRADCLIP_INLINE void clamp_two(double* values, double bound) {
+  const Doubles bounds = Doubles{} + bound;
+  store(clamped(load(values), bounds), values);
+  store(clamped(load(values + kDoubles), bounds), values + kDoubles);
+}
+
+template <class Element>
+GRADCLIP_INLINE void clamp_one(Element* value, double bound) {
+  narrow(clamped(widen(*value), static_cast<float>(bound)), value);
+}
+
+GRADCLIP_INLINE void clamp_one(double* value, double bound) { *value = clamped(*value, bound); }
+
+template <class Element>
 void clamp_values(Element* values, int64_t count, double bound) {
-  const float float_bound = static_cast<float>(bound);
-  const auto clamp_two = [&](int64_t at) {
-    const TwoFloats two = load_two(values + at);
-    store_two(
-        {clamped(two.first, Floats{} + float_bound), clamped(two.second, Floats{} + float_bound)},
-        values + at);
-  };
-  int64_t i = for_chunks<2 * kFloats>(values, count, clamp_two);
-  for (; i + 2 * kFloats <= count; i += 2 * kFloats) clamp_two(i);
-  for (; i < count; ++i) narrow(clamped(widen(values[i]), float_bound), values + i);
+  constexpr int64_t kTwo = kTwoVectors<Element>;
+  int64_t i = 0;
+  for (; i + kTwo <= count; i += kTwo) clamp_two(values + i, bound);
+  for (; i < count; ++i) clamp_one(values + i, bound);
 }
 
-void clamp_values(double* values, int64_t count, double bound) {
-  const auto clamp_vector = [&](int64_t at) {
-    store(clamped(load(values + at), Doubles{} + bound), values + at);
-  };
-  int64_t i = for_chunks<kDoubles>(values, count, clamp_vector);
-  for (; i + kDoubles <= count; i += kDoubles) clamp_vector(i);
-  for (; i < count; ++i) values[i] = clamped(values[i], bound);
-}
-
-// Calls work with the run's data as a pointer to its element type.
+// Calls work with the data of a run as a pointer to its element type.
 template <class Work>
-GRADCLIP_INLINE auto with_elements(const Span& run, const Work& work) {
+GRADCLIP_INLINE void with_elements(const Span& run, const Work& work) {
   switch (run.dtype) {
     case DType::kFloat64:
       return work(static_cast<double*>(run.data));
@@ -103,13 +175,51 @@ GRADCLIP_INLINE auto with_elements(const Span& run, const Work& work) {
   }
 }
 
-double power_sum(Norm kind, Precision precision, const Span& run) {
-  return with_elements(
-      run, [&](const auto* values) { return power_sum_of(kind, precision, values, run.numel); });
+// The same with the data of kStreams runs.
+template <class Work>
+GRADCLIP_INLINE void with_streams(const Span* runs, const Work& work) {
+  with_elements(runs[0], [&](auto* first) {
+    decltype(first) values[kStreams];
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      values[stream] = static_cast<decltype(first)>(runs[stream].data);
+    }
+    work(values);
+  });
+}
+
+void power_sums(Norm kind, Precision precision, const Span& run, double* sums) {
+  const int64_t tile = tile_elements(run.dtype);
+  with_elements(run, [&](const auto* values) {
+    for (int64_t begin = 0; begin < run.numel; begin += tile, values += tile) {
+      power_sums_of<1>(kind, precision, &values, std::min(tile, run.numel - begin), sums++);
+    }
+  });
+}
+
+void power_sums_of_streams(Norm kind, Precision precision, const Span* runs, double* const* sums) {
+  const int64_t tile = tile_elements(runs[0].dtype);
+  with_streams(runs, [&](auto* const* values) {
+    const std::remove_pointer_t<std::remove_const_t<std::remove_pointer_t<decltype(values)>>>*
+        tiles[kStreams] = {values[0], values[1], values[2], values[3]};
+    for (int64_t k = 0; k < runs[0].numel / tile; ++k) {
+      double results[kStreams];
+      power_sums_of<kStreams>(kind, precision, tiles, tile, results);
+      for (int64_t stream = 0; stream < kStreams; ++stream) {
+        sums[stream][k] = results[stream];
+        tiles[stream] += tile;
+      }
+    }
+  });
 }
 
 void scale(const Span& run, double coefficient) {
   with_elements(run, [&](auto* values) { scale_values(values, run.numel, coefficient); });
+}
+
+void scale_streams(const Span* runs, const double* coefficients) {
+  with_streams(runs, [&](auto* const* values) {
+    scale_values_of_streams(values, runs[0].numel, coefficients);
+  });
 }
 
 void add_scaled(const Span& run, const void* others, double factor) {
@@ -121,4 +231,13 @@ void add_scaled(const Span& run, const void* others, double factor) {
 
 void clamp(const Span& run, double bound) {
   with_elements(run, [&](auto* values) { clamp_values(values, run.numel, bound); });
+}
+
+void clamp_streams(const Span* runs, double bound) {
+  with_streams(runs, [&](auto* const* values) {
+    using Element =
+        std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(**values)>*>>;
+    for_streams<kTwoVectors<Element>>(values, runs[0].numel,
+                                      [&](int64_t, Element* two) { clamp_two(two, bound); });
+  });
 }

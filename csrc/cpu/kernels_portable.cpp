@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "core/flat_index.h"
 #include "core/norm.h"
 #include "core/span.h"
 #include "cpu/float16.h"
@@ -17,6 +19,8 @@ constexpr int kVectorBytes = 16;
 #include "cpu/kernels_body.h"
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", power_sum, scale, add_scaled, clamp};
+const Kernels kPortableKernels = {"portable", power_sums,    power_sums_of_streams,
+                                  scale,      scale_streams, add_scaled,
+                                  clamp,      clamp_streams};
 
 }  // namespace gradclip::cpu

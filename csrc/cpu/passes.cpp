@@ -1,101 +1,130 @@
 #include "cpu/passes.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/walk.h"
 
 namespace gradclip::cpu {
 namespace {
 
-// Enough for a hundred threads to get nearly equal shares, few enough that adding up their partials
-// is negligible.
-constexpr int64_t kMaxWorkers = 1024;
+// Tiles to which weight decay is added at a time. With those of the parameter they fit into a
+// core's second cache.
+constexpr int64_t kDecayTiles = 8;
 
-// Consecutive workers own consecutive tiles.
-Range tiles_of_workers(const FlatIndex& index, Range workers) {
-  const int64_t count = worker_count(index);
-  return {tiles_of_worker(workers.begin, count, index.tiles()).begin,
-          tiles_of_worker(workers.end - 1, count, index.tiles()).end};
+std::array<Span, kStreams> parts_at(const Cursors& cursors, int64_t tiles) {
+  return {cursors[0].part(tiles), cursors[1].part(tiles), cursors[2].part(tiles),
+          cursors[3].part(tiles)};
 }
 
 }  // namespace
 
-int64_t worker_count(const FlatIndex& index) { return std::min(index.tiles(), kMaxWorkers); }
-
 void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
-                Range workers, double* slots) noexcept {
+                Range tiles, double* sums) noexcept {
   const Kernels& kernel = kernels();
-  const int64_t count = worker_count(index);
-  const int64_t first_tile = tiles_of_workers(index, workers).begin;
-  int64_t tensor = index.tensor_of(first_tile);
-  int64_t slot = slot_of(tensor, workers.begin);
-  // If a worker starts on a tensor's first tile, tensor and worker advance together, and the slot
-  // between the previous one and its own is unused.
-  if (workers.begin > 0 && index.first_tile(tensor) == first_tile) slots[slot - 1] = 0.0;
-  PowerSum sum(kind);
-  for (int64_t worker = workers.begin; worker < workers.end; ++worker) {
-    const Range tiles = tiles_of_worker(worker, count, index.tiles());
-    tensor = walk_forward(index, tiles, tensor, [&](int64_t visited, const Span& run) {
-      const int64_t own_slot = slot_of(visited, worker);
-      if (slot != own_slot) {
-        slots[slot] = sum.value();
-        sum = PowerSum(kind);
-        if (own_slot == slot + 2) slots[slot + 1] = 0.0;
-        slot = own_slot;
-      }
-      if (decay != nullptr) {
-        const void* start = index.spans()[static_cast<size_t>(visited)].data;
-        const int64_t offset = static_cast<char*>(run.data) - static_cast<const char*>(start);
-        kernel.add_scaled(run, static_cast<const char*>(decay->parameters[visited]) + offset,
-                          decay->factor);
-      }
-      sum.add(kernel.power_sum(kind, precision, run));
-    });
+  if (decay != nullptr) {
+    // A few tiles at a time, so that what was written is measured while it is in cache.
+    for (Cursor cursor(index, tiles); !cursor.is_done();) {
+      const int64_t count = std::min(cursor.tiles(), kDecayTiles);
+      const Span run = cursor.part(count);
+      const Span& whole = index.spans()[static_cast<size_t>(cursor.tensor())];
+      const int64_t offset = static_cast<char*>(run.data) - static_cast<char*>(whole.data);
+      const void* parameter = decay->parameters[cursor.tensor()];
+      kernel.add_scaled(run, static_cast<const char*>(parameter) + offset, decay->factor);
+      kernel.power_sums(kind, precision, run, sums + cursor.tile());
+      cursor.advance(count);
+    }
+    return;
   }
-  slots[slot] = sum.value();
+  walk_forward(
+      index, tiles,
+      [&](const Cursor& cursor, int64_t count) {
+        kernel.power_sums(kind, precision, cursor.part(count), sums + cursor.tile());
+      },
+      [&](const Cursors& cursors, int64_t count) {
+        double* const own[kStreams] = {sums + cursors[0].tile(), sums + cursors[1].tile(),
+                                       sums + cursors[2].tile(), sums + cursors[3].tile()};
+        kernel.power_sums_of_streams(kind, precision, parts_at(cursors, count).data(), own);
+      });
+}
+
+double total_power_sum(Norm kind, const std::vector<double>& sums) {
+  // Several at once, since each addition waits for the one before.
+  constexpr size_t kLanes = 8;
+  std::array<PowerSum, kLanes> lanes = {PowerSum(kind), PowerSum(kind), PowerSum(kind),
+                                        PowerSum(kind), PowerSum(kind), PowerSum(kind),
+                                        PowerSum(kind), PowerSum(kind)};
+  size_t tile = 0;
+  for (; tile + kLanes <= sums.size(); tile += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane].add(sums[tile + lane]);
+  }
+  PowerSum total(kind);
+  for (; tile < sums.size(); ++tile) total.add(sums[tile]);
+  for (const PowerSum& lane : lanes) total.add(lane.value());
+  return total.value();
 }
 
 std::vector<double> tensor_norms(const FlatIndex& index, Norm kind,
-                                 const std::vector<double>& slots) {
-  const int64_t workers = worker_count(index);
+                                 const std::vector<double>& sums) {
   std::vector<double> norms;
   norms.reserve(static_cast<size_t>(index.tensors()));
   for (int64_t tensor = 0; tensor < index.tensors(); ++tensor) {
     PowerSum sum(kind);
-    const int64_t last = worker_of_tile(index.end_tile(tensor) - 1, workers, index.tiles());
-    for (int64_t worker = worker_of_tile(index.first_tile(tensor), workers, index.tiles());
-         worker <= last; ++worker) {
-      sum.add(slots[static_cast<size_t>(slot_of(tensor, worker))]);
+    for (int64_t tile = index.first_tile(tensor); tile < index.end_tile(tensor); ++tile) {
+      sum.add(sums[static_cast<size_t>(tile)]);
     }
     norms.push_back(finish(kind, sum.value()));
   }
   return norms;
 }
 
-void scale(const FlatIndex& index, double coefficient, Range workers) noexcept {
+void scale(const FlatIndex& index, double coefficient, Range tiles) noexcept {
   const Kernels& kernel = kernels();
-  walk_backward(index, tiles_of_workers(index, workers),
-                [&](int64_t, const Span& run) { kernel.scale(run, coefficient); });
+  const double coefficients[kStreams] = {coefficient, coefficient, coefficient, coefficient};
+  walk_backward(
+      index, tiles,
+      [&](const Cursor& cursor, int64_t count) { kernel.scale(cursor.part(count), coefficient); },
+      [&](const Cursors& cursors, int64_t count) {
+        kernel.scale_streams(parts_at(cursors, count).data(), coefficients);
+      });
 }
 
-void scale_each(const FlatIndex& index, const double* coefficients, Range workers) noexcept {
+void scale_each(const FlatIndex& index, const double* coefficients, Range tiles) noexcept {
   const Kernels& kernel = kernels();
-  walk_backward(index, tiles_of_workers(index, workers), [&](int64_t tensor, const Span& run) {
-    const double coefficient = coefficients[tensor];
-    if (coefficient == 1.0) return;
+  const auto scale_one = [&](const Cursor& cursor, int64_t count) {
+    const double coefficient = coefficients[cursor.tensor()];
+    const Span run = cursor.part(count);
     if (coefficient == 0.0) {
       std::memset(run.data, 0, static_cast<size_t>(run.numel * element_size(run.dtype)));
-      return;
+    } else if (coefficient != 1.0) {
+      kernel.scale(run, coefficient);
     }
-    kernel.scale(run, coefficient);
+  };
+  walk_backward(index, tiles, scale_one, [&](const Cursors& cursors, int64_t count) {
+    double own[kStreams];
+    bool multiplies = true;
+    for (size_t stream = 0; stream < cursors.size(); ++stream) {
+      own[stream] = coefficients[cursors[stream].tensor()];
+      multiplies = multiplies && own[stream] != 0.0 && own[stream] != 1.0;
+    }
+    if (multiplies) {
+      kernel.scale_streams(parts_at(cursors, count).data(), own);
+    } else {
+      for (const Cursor& cursor : cursors) scale_one(cursor, count);
+    }
   });
 }
 
-void clamp(const FlatIndex& index, double bound, Range workers) noexcept {
+void clamp(const FlatIndex& index, double bound, Range tiles) noexcept {
   const Kernels& kernel = kernels();
-  walk_backward(index, tiles_of_workers(index, workers),
-                [&](int64_t, const Span& run) { kernel.clamp(run, bound); });
+  walk_backward(
+      index, tiles,
+      [&](const Cursor& cursor, int64_t count) { kernel.clamp(cursor.part(count), bound); },
+      [&](const Cursors& cursors, int64_t count) {
+        kernel.clamp_streams(parts_at(cursors, count).data(), bound);
+      });
 }
 
 }  // namespace gradclip::cpu

@@ -1,6 +1,6 @@
-// The passes over a flat index on the CPU, each for a range of its workers. They start no threads;
-// the caller hands out worker ranges (the binding to torch's thread pool, tests to std::thread),
-// and any partition of the workers gives the same bits.
+// The passes over a flat index on the CPU, each for a range of its tiles. They start no threads;
+// the caller hands out tiles (the binding to torch's thread pool, tests to std::thread), and any
+// partition of the tiles gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -12,26 +12,24 @@
 
 namespace gradclip::cpu {
 
-// How many workers an index is split into. Depends on the index alone, never on the number of
-// threads: the split fixes the order of the sum, and so the bits of the result.
-int64_t worker_count(const FlatIndex& index);
-
-// Writes the power sum of each (tensor, worker) pair into its slot, and 0 into slots no pair owns:
-// after all workers ran, every one of the slot_count(tensors, workers) slots is written.
-// `decay`, which may be null, is added to each run of a gradient right before it is measured.
+// Writes the power sum of each tile of the range. `decay`, which may be null, is added to each tile
+// of a gradient right before it is measured.
 void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
-                Range workers, double* slots) noexcept;
+                Range tiles, double* sums) noexcept;
 
-// The norm of each tensor, from the slots of all workers.
+// The power sum of all tiles together.
+double total_power_sum(Norm kind, const std::vector<double>& sums);
+
+// The norm of each tensor, from the power sums of all tiles.
 std::vector<double> tensor_norms(const FlatIndex& index, Norm kind,
-                                 const std::vector<double>& slots);
+                                 const std::vector<double>& sums);
 
-void scale(const FlatIndex& index, double coefficient, Range workers) noexcept;
+void scale(const FlatIndex& index, double coefficient, Range tiles) noexcept;
 
 // Multiplies each tensor by its own coefficient: 1 writes nothing, 0 clears, including NaN and
 // infinity.
-void scale_each(const FlatIndex& index, const double* coefficients, Range workers) noexcept;
+void scale_each(const FlatIndex& index, const double* coefficients, Range tiles) noexcept;
 
-void clamp(const FlatIndex& index, double bound, Range workers) noexcept;
+void clamp(const FlatIndex& index, double bound, Range tiles) noexcept;
 
 }  // namespace gradclip::cpu

@@ -1,6 +1,7 @@
-// The CPU engine without torch: any partition of the workers over any number of threads gives the
-// same bits, every slot is written and none beyond the last, every element is scaled once and no
-// byte around it changes. Built and run by tests/native/test_native_engine.py.
+// The CPU engine without torch: any partition of the tiles over any number of threads gives the
+// same bits, the sum of every tile is written and none beyond the last, every element is scaled
+// once and no byte around it changes. Built and run by tests/native/test_native_engine.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -87,30 +88,35 @@ Lists make(const std::vector<std::pair<int64_t, DType>>& shapes) {
   return lists;
 }
 
-// Shares out the workers in contiguous ranges, one per thread, like torch's thread pool.
+// Shares out the tiles in contiguous ranges, one per thread, like torch's thread pool.
 template <class Work>
 void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
-  const int64_t workers = cpu::worker_count(index);
   std::vector<std::thread> running;
   for (int64_t t = 0; t < threads; ++t) {
-    const Range range = {workers * t / threads, workers * (t + 1) / threads};
+    const Range range = {index.tiles() * t / threads, index.tiles() * (t + 1) / threads};
     if (range.begin < range.end) running.emplace_back([&work, range] { work(range); });
   }
   for (std::thread& thread : running) thread.join();
 }
 
-double measured(const FlatIndex& index, Norm kind, Precision precision, int64_t threads) {
-  const size_t slots = static_cast<size_t>(slot_count(index.tensors(), cpu::worker_count(index)));
-  std::vector<double> scratch(slots + 1, kNaN);
+std::vector<double> sums_of_tiles(const FlatIndex& index, Norm kind, Precision precision,
+                                  const Decay* decay, int64_t threads) {
+  const size_t tiles = static_cast<size_t>(index.tiles());
+  std::vector<double> sums(tiles + 1, kNaN);
   on_threads(index, threads, [&](Range range) {
-    cpu::power_sums(index, kind, precision, nullptr, range, scratch.data());
+    cpu::power_sums(index, kind, precision, decay, range, sums.data());
   });
+  for (size_t i = 0; i < tiles; ++i) CHECK(!std::isnan(sums[i]));
+  CHECK(std::isnan(sums[tiles]));
+  sums.pop_back();
+  return sums;
+}
+
+double measured(const FlatIndex& index, Norm kind, Precision precision, int64_t threads) {
+  const std::vector<double> sums = sums_of_tiles(index, kind, precision, nullptr, threads);
   PowerSum total(kind);
-  for (size_t i = 0; i < slots; ++i) {
-    CHECK(!std::isnan(scratch[i]));
-    total.add(scratch[i]);
-  }
-  CHECK(std::isnan(scratch[slots]));
+  for (const double sum : sums) total.add(sum);
+  CHECK(cpu::total_power_sum(kind, sums) == total.value());
   return total.value();
 }
 
@@ -173,6 +179,81 @@ void test_list(const std::vector<std::pair<int64_t, DType>>& shapes) {
   }
 }
 
+// Whatever the numbers, the bits do not depend on how tiles are shared out, and so not on which of
+// them are visited side by side.
+void test_bits(const std::vector<std::pair<int64_t, DType>>& shapes) {
+  Lists lists = make(shapes);
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  for (const Span& span : lists.spans) {
+    for (int64_t i = 0; i < span.numel; ++i) write(span, i, normal(random));
+  }
+  const FlatIndex index(lists.spans);
+  const std::vector<std::vector<char>> original = lists.memory;
+  std::vector<double> coefficients;
+  for (int64_t i = 0; i < index.tensors(); ++i) {
+    // Some tensors stay as they are, and some are cleared.
+    coefficients.push_back(i % 7 == 3   ? 1.0
+                           : i % 7 == 5 ? 0.0
+                                        : 0.3 + 0.01 * static_cast<double>(i));
+  }
+  Lists other = make(shapes);
+  std::vector<const void*> parameters;
+  const FlatIndex values(other.spans);
+  for (const Span& span : values.spans()) parameters.push_back(span.data);
+  const Decay decay = {0.3, parameters.data()};
+
+  struct Bits {
+    std::vector<std::vector<double>> sums;
+    std::vector<std::vector<std::vector<char>>> memory;
+  };
+  const auto bits_on = [&](int64_t threads) {
+    Bits bits;
+    for (const Norm kind : {Norm::kL1, Norm::kL2, Norm::kInf}) {
+      for (const Precision precision : {Precision::kFloat32, Precision::kFloat64}) {
+        bits.sums.push_back(sums_of_tiles(index, kind, precision, nullptr, threads));
+      }
+    }
+    const auto written = [&](const auto& write) {
+      on_threads(index, threads, write);
+      bits.memory.push_back(lists.memory);
+      for (size_t t = 0; t < original.size(); ++t) {
+        std::copy(original[t].begin(), original[t].end(), lists.memory[t].begin());
+      }
+    };
+    written([&](Range tiles) { cpu::scale(index, 0.37, tiles); });
+    written([&](Range tiles) { cpu::scale(index, 1e-33, tiles); });
+    written([&](Range tiles) { cpu::scale_each(index, coefficients.data(), tiles); });
+    written([&](Range tiles) { cpu::clamp(index, 0.7, tiles); });
+    written([&](Range tiles) {
+      std::vector<double> sums(static_cast<size_t>(index.tiles()));
+      cpu::power_sums(index, Norm::kL2, Precision::kFloat32, &decay, tiles, sums.data());
+    });
+    return bits;
+  };
+  const Bits expected = bits_on(index.tiles());  // one tile each: nothing side by side
+  for (const int64_t threads : {1, 2, 3, 8, 128}) {
+    const Bits found = bits_on(threads);
+    CHECK(found.sums == expected.sums);
+    CHECK(found.memory == expected.memory);
+  }
+}
+
+// Tensors that share memory are written one after another, as often as they are listed.
+void test_shared_memory() {
+  constexpr int64_t kNumel = 64 * kTileBytes / 4;
+  std::vector<float> memory(kNumel + 8, 1.0f);
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < 4; ++i) spans.push_back({memory.data() + 2 * i, kNumel, DType::kFloat32});
+  const FlatIndex index(spans);
+  cpu::scale(index, 0.5, {0, index.tiles()});
+  for (int64_t i = 0; i < kNumel + 8; ++i) {
+    const int64_t first = std::max<int64_t>(0, (i - kNumel) / 2 + (i >= kNumel ? 1 : 0));
+    const int64_t last = std::min<int64_t>(3, i / 2);
+    CHECK(memory[static_cast<size_t>(i)] == std::ldexp(1.0f, static_cast<int>(first - last - 1)));
+  }
+}
+
 void test_power_sum() {
   PowerSum sum(Norm::kL2);
   for (const double value : {1e16, 1.0, 1.0, -1e16}) sum.add(value);
@@ -222,7 +303,7 @@ int main() {
   List many;
   for (int64_t i = 0; i < 3000; ++i) many.push_back({i % 37, dtypes[i % 4]});
   gradclip::test_list(many);
-  // More tiles than workers, with borders of tensors inside and on the borders of workers.
+  // Long enough for streams, with borders of tensors anywhere in them.
   List large;
   for (int64_t i = 0; i < 40; ++i) {
     large.push_back(
@@ -231,6 +312,19 @@ int main() {
   for (int64_t i = 0; i < 600; ++i)
     large.push_back({gradclip::tile_elements(DType::kFloat64), DType::kFloat64});
   gradclip::test_list(large);
+  for (const DType dtype : dtypes) {
+    const int64_t tile = gradclip::tile_elements(dtype);
+    gradclip::test_bits({{131 * tile + 7, dtype}});
+    List rests;
+    for (int64_t i = 0; i < 60; ++i) rests.push_back({i % 5 == 0 ? i : (i % 9) * tile + i, dtype});
+    gradclip::test_bits(rests);
+  }
+  List mixed;
+  for (int64_t i = 0; i < 40; ++i) {
+    mixed.push_back({gradclip::tile_elements(dtypes[i % 4]) * (i % 11) + i, dtypes[i % 4]});
+  }
+  gradclip::test_bits(mixed);
+  gradclip::test_shared_memory();
   std::printf("%d checks\n", gradclip::checks);
   return 0;
 }
