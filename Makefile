@@ -55,6 +55,7 @@ test: $(BUILT)  ## Run all tests.
 bench: $(BUILT)  ## Time clipping against torch's; numbers and plots go to build/bench.
 	$(BIN)/python bench/clip.py --output build/bench/clip.json
 	$(BIN)/python bench/plot.py build/bench/clip.json
+	@$(BIN)/python bench/shortfalls.py build/bench/clip.json
 
 cuda: $(CUDA_BUILT) $(CUDA_TEST_TOOLS)  ## Build with the CUDA engine in CUDA_VENV, and test that build on the CPU.
 	cd $(CUDA_FOLDER) && $(CUDA_PYTHON) -c "$$BE_SURE_OF_CUDA_BUILD"

@@ -6,6 +6,7 @@ libraries need not be installed; a test checks them against the published counts
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -260,11 +261,24 @@ class Gradients:
         # float64 are 5e-19: neither is infinite, NaN or a denormal, which may take longer.
         self.flat = torch.full((2 * math.ceil(self.bytes / 8),), SIGMA, device=device)
         self.flat_as_float64 = self.flat.view(torch.float64)
+        # Restored as the gradients are, tensor by tensor, since what restores a buffer decides what
+        # of it is in cache. On CUDA caches are emptied before each call, so a fill will do.
+        self.flat_pieces: list[torch.Tensor] = []
+        if device.type == "cpu":
+            ends = [end // 4 for end in itertools.accumulate(sizes)]
+            self.flat_pieces = list(self.flat.tensor_split(ends[:-1]))
+            self.flat_originals = list(self.flat.clone().tensor_split(ends[:-1]))
 
     def restore(self) -> None:
         torch._foreach_copy_(self.gradients, self.originals)
 
     def restore_flat(self) -> None:
+        if self.flat_pieces:
+            torch._foreach_copy_(self.flat_pieces, self.flat_originals)
+        else:
+            self.refill_flat()
+
+    def refill_flat(self) -> None:
         self.flat.fill_(SIGMA)
 
 

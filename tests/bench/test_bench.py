@@ -90,7 +90,7 @@ def test_no_script_imports_a_script() -> None:
     examples = sorted((ROOT / "examples").glob("*.py"))
     sources = {path.stem: path.read_text() for path in [*SCRIPTS_AND_MODULES, *examples]}
     scripts = {name for name, text in sources.items() if '\nif __name__ == "__main__":\n' in text}
-    assert scripts == {"clip", "clipper", "step", "plot", "char_rnn", "watch_norms"}
+    assert scripts == {"clip", "clipper", "step", "plot", "shortfalls", "char_rnn", "watch_norms"}
     imports = {name: imported_names(ast.parse(text)) & scripts for name, text in sources.items()}
     assert not any(imports.values()), imports
 
@@ -169,6 +169,53 @@ def test_roofline_is_the_faster_read_and_where_needed_a_multiplication(
             "value": lambda m=medians, r=reads: m["multiply"],
         }[row["kind"]]()
         assert row["roofline_us"] == expected
+
+
+def test_the_raw_read_is_reported_beside_the_roofline(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert ("raw read" in row["rooflines"]) == (row["kind"] != "value")
+
+
+def test_roofline_is_restored_piece_by_piece_as_the_gradients_are() -> None:
+    workloads = module("workloads")
+    device = torch.device("cpu")
+    for name, dtype in (("small", "bfloat16"), ("one_scalar", "float32"), ("lstm", "float64")):
+        gradients = workloads.Gradients(workloads.WORKLOADS[name], dtype, device)
+        assert len(gradients.flat_pieces) == len(gradients.gradients)
+        for piece, gradient in zip(gradients.flat_pieces, gradients.gradients, strict=True):
+            assert abs(piece.nbytes - gradient.nbytes) < 12
+        assert 0 <= gradients.flat.nbytes - gradients.bytes < 8
+        gradients.flat.zero_()
+        gradients.restore_flat()
+        assert bool((gradients.flat == torch.tensor(workloads.SIGMA)).all())
+
+
+def test_shortfalls_are_large_rows_above_the_roofline(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shortfalls = module("shortfalls")
+    row = next(row for row in report["rows"] if row["kind"] == "quiet")
+    large = {**row, "bytes": 20_000_000, "ratio_to_roofline": 1.06}
+    rows = [
+        large,
+        {**large, "ratio_to_roofline": 1.05},
+        {**large, "bytes": 19_999_999},
+        {**large, "kind": "value"},
+        {**large, "kind": "clip", "ratio_to_roofline": 1.2},
+    ]
+    found = shortfalls.shortfalls(rows)
+    assert found == [rows[4], rows[0]]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"rows": rows}))
+    assert shortfalls.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Above 1.05 times the roofline from 20 MB up: 2 of 3 rows"
+    assert [line.split()[-1] for line in lines[3:]] == ["1.200", "1.060"]
+    path.write_text(json.dumps({"rows": [rows[1]]}))
+    shortfalls.main([str(path)])
+    assert (
+        capsys.readouterr().out == "Above 1.05 times the roofline from 20 MB up: none of 1 rows\n"
+    )
 
 
 def test_errors_are_within_the_tolerance(report: dict[str, Any]) -> None:
