@@ -7,6 +7,7 @@ typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
 // As many as a vector has float64 (FewFloats, FewWords) or float32 (Halves).
 typedef float FewFloats __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FewWords __attribute__((vector_size(kVectorBytes / 2)));
@@ -20,6 +21,7 @@ typedef double StoredDoubles __attribute__((vector_size(kVectorBytes), aligned(8
 typedef uint32_t StoredWords __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef uint32_t StoredFewWords
     __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef int16_t StoredShorts __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef uint16_t StoredHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
 constexpr int64_t kFloats = kVectorBytes / 4;

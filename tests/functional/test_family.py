@@ -116,6 +116,38 @@ class TestClipGradValue:
         assert gradient[0].isnan()
         assert gradient[1:].tolist() == [0.5, -0.5, 0.25, 0.0]
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+    @pytest.mark.parametrize(
+        "bound",
+        [
+            0.0,
+            1e-45,
+            3e-8,
+            6.2e-8,
+            1e-5,
+            0.3,
+            1.0,
+            1.003,
+            1.006,
+            65504.0,
+            65519.0,
+            65520.0,
+            3.39e38,
+            math.inf,
+        ],
+    )
+    def test_every_number_of_16_bits(self, bound, dtype):
+        patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        numbers = patterns.view(dtype)
+        expected = numbers.float().clamp(-bound, bound).to(dtype)
+        # In one piece, and in pieces too short for a vector.
+        for gradients in ([numbers.clone()], list(numbers.clone().split(5))):
+            gradclip_ext.clip_grad_value_(ref.parameters(gradients), bound)
+            found = torch.cat(gradients)
+            assert torch.equal(found.isnan(), numbers.isnan())
+            same = (found == expected) & (found.signbit() == expected.signbit())
+            assert bool((same | numbers.isnan()).all())
+
     def test_infinite_bound_changes_nothing(self):
         gradient = torch.tensor([math.inf, -1e30, 2.0])
         gradclip_ext.clip_grad_value_(ref.parameter(gradient), math.inf)
