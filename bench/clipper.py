@@ -55,7 +55,7 @@ from gradclip_ext import (
 )
 
 OURS, HAND, BARE = "gradclip_ext", "by hand", "gradclip_ext, bare"
-DEFAULT_WORKLOADS = ("lstm", "1000x1000", "resnet50", "gpt2")
+DEFAULT_WORKLOADS = ("small", "lstm", "1000x1000", "resnet50", "gpt2")
 
 WEIGHT_DECAY = 0.1
 PERCENTILE = 10.0

@@ -19,10 +19,10 @@ from gradclip_ext._ops import Scalar
 from gradclip_ext._rules import Group, require_limit
 from gradclip_ext.thresholds import (
     AGC,
-    Rule,
     StatelessRule,
     Threshold,
     TimesLimit,
+    takes_numbers,
 )
 
 __all__ = ["POLICIES", "Settings", "Step"]
@@ -102,11 +102,8 @@ class Step:
             self._groups, self._numbers, self._measured, strict=True
         ):
             rule = group.rule
-            limit: Scalar = self._limits(rule, total, norms)
-            if rule.per_parameter:
-                measured: Scalar = norms
-            else:
-                limit, measured = _ops.known(limit), number
+            limit = self._limits(rule, number, total, norms)
+            measured = norms if rule.per_parameter else number
             self.limits.append(limit)
             self.coefficients.append(_ops.clip_coefficient(limit, measured, rule.epsilon))
         if settings.nonfinite == "zero":
@@ -122,27 +119,31 @@ class Step:
         for group, number, (total, norms) in zip(
             self._groups, self._numbers, self._measured, strict=True
         ):
-            # The limit of the steps before: a NaN is no observation. A copy is asked, because a
-            # rule of the user's own may take it for one.
-            blind = torch.full_like(total, math.nan), torch.full_like(norms, math.nan)
-            limit: Scalar = copy.deepcopy(group.rule).limits(*blind)
-            if group.rule.per_parameter:
-                exceeds = above.is_exceeded(norms, limit)
+            # The limit of the steps before: a NaN is no observation.
+            norms_before = torch.full_like(norms, math.nan)
+            rule = group.rule
+            if takes_numbers(rule) and not isinstance(number, Tensor):
+                # Known on the host, nothing that a rule holds is changed, only replaced.
+                limit = copy.copy(rule).limit_for(math.nan, norms_before)
             else:
-                exceeds = above.is_exceeded(number, _ops.known(limit))
+                # A copy is asked, because a rule of the user's own may take it for a norm.
+                total_before = torch.full_like(total, math.nan)
+                limit = _ops.known(copy.deepcopy(rule).limits(total_before, norms_before))
+            exceeds = above.is_exceeded(norms if rule.per_parameter else number, limit)
             if isinstance(exceeds, Tensor):
                 exceeds = exceeds.to(self.returned.device)
             spike = spike | exceeds
         known = _ops.known(spike) if isinstance(spike, Tensor) else spike
         return known if isinstance(known, Tensor) else bool(known)
 
-    def _limits(self, rule: Threshold, total: Tensor, norms: Tensor) -> Tensor:
+    def _limits(self, rule: Threshold, number: Scalar, total: Tensor, norms: Tensor) -> Scalar:
         """A rule's limits; to a step that is skipped it is blind, as to a NaN."""
         if self.skips is not False:
             skips = torch.as_tensor(self.skips, device=total.device)
             total, norms = total.masked_fill(skips, math.nan), norms.masked_fill(skips, math.nan)
-        if isinstance(rule, (Rule, StatelessRule)):
-            return rule.limits(total, norms)
+            number = _ops.known(total)
+        if takes_numbers(rule):
+            return rule.limit_for(number, norms)
         # Copies, which a rule of the user's own may write to.
         limits = rule.limits(total.clone(), norms.clone())
         # What it makes of a norm that is not finite is its own affair.
@@ -150,7 +151,7 @@ class Step:
         if isinstance(is_finite, Tensor) and is_finite.is_cpu:
             is_finite = bool(is_finite)
         require_limit(limits, rule, norms, self.skips is False and is_finite is True)
-        return limits
+        return limits if rule.per_parameter else _ops.known(limits)
 
     def write(self) -> None:
         """Scale the gradients, and add the weight decay if that has not been done yet."""

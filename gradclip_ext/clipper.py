@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments, _counters, _names
+from gradclip_ext import _arguments, _counters, _names, _ops
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
 from gradclip_ext._rules import Group, name_of, places_of, read_rules, require_length
 from gradclip_ext._step import POLICIES, Settings, Step
 from gradclip_ext.thresholds import (
     AGC,
-    Rule,
     StatelessRule,
     Threshold,
     TimesLimit,
+    takes_numbers,
 )
 
 __all__ = ["ClipReport", "GradClipper"]
@@ -152,7 +152,7 @@ class GradClipper:
             )
         groups = len(self._collection.groups)
         self._rules = read_rules(math.inf if max_norm is None else max_norm, groups)
-        self._has_own_rules = not all(isinstance(r, (Rule, StatelessRule)) for r in self._rules)
+        self._has_own_rules = not all(map(takes_numbers, self._rules))
         if clip_value is not None:
             clip_value = _arguments.clip_bound(clip_value, _FUNCTION, "clip_value")
         weight_decay = _arguments.weight_decay(weight_decay, _FUNCTION)
@@ -191,7 +191,6 @@ class GradClipper:
         """The parameters, as collected last."""
         return list(self._collection.parameters)
 
-    @torch.no_grad()
     def clip_(self) -> Tensor:
         """Clip the gradients in place.
 
@@ -208,19 +207,13 @@ class GradClipper:
         """
         self._follow()
         step = Step(self._settings, self._groups)
-        before = self._states_of_rules() if self._has_own_rules else None
-        try:
+        if self._has_own_rules:
+            self._decide_with_own_rules(step)
+        else:
             step.decide()
-        except Exception:
-            if before is not None:
-                self._restore_rules(before)
-            raise
         step.write()
         self._counters.count(step.clips(), step.is_finite, step.skips)
-        if self.found_inf.device != step.returned.device:
-            # The model was moved, or exists only now.
-            self.found_inf = _flag(step.returned.device)
-        self.found_inf.fill_(step.skips | (step.is_finite ^ True))
+        self._tell(step.returned, step.skips | (step.is_finite ^ True))
         self._last = step
         return step.returned
 
@@ -310,6 +303,26 @@ class GradClipper:
             self._restore_rules(before)
             raise
         self._counters.load_state_dict(numbers)
+
+    def _decide_with_own_rules(self, step: Step) -> None:
+        """As :meth:`Step.decide`; rules get their states back if one of them raises."""
+        before = self._states_of_rules()
+        try:
+            with torch.no_grad():
+                step.decide()
+        except Exception:
+            self._restore_rules(before)
+            raise
+
+    def _tell(self, norm: Tensor, flag: bool | Tensor) -> None:
+        """Set ``found_inf``, on the device of the norm; in most steps it is right already."""
+        told = _ops.known(self.found_inf)
+        if not isinstance(told, Tensor) and not isinstance(flag, Tensor) and told == flag:
+            return
+        if self.found_inf.device != norm.device:
+            # The model was moved, or exists only now.
+            self.found_inf = _flag(norm.device)
+        self.found_inf.fill_(flag)
 
     def _read_counters(self) -> dict[str, int]:
         numbers = self._counters.state_dict()

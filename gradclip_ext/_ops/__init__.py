@@ -24,7 +24,20 @@ from gradclip_ext._ops import fallback, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.observation import compiling
-from gradclip_ext._ops.scalars import Scalar, clip_coefficient, isfinite, known, select, smallest
+from gradclip_ext._ops.scalars import (
+    Scalar,
+    clip_coefficient,
+    floor,
+    in_tensor,
+    isfinite,
+    known,
+    lerp,
+    minimum,
+    quotient,
+    select,
+    smallest,
+    square_root,
+)
 
 __all__ = [
     "Caller",
@@ -37,19 +50,25 @@ __all__ = [
     "clip_grads_with_norm_",
     "clip_units_",
     "decayed_grad_norms",
+    "floor",
     "get_total_norm",
     "grad_norms",
+    "in_tensor",
     "isfinite",
     "known",
+    "lerp",
+    "minimum",
     "native_grad_norms",
     "native_grad_norms_of_each",
     "project_",
+    "quotient",
     "refuse_meta",
     "require_writable",
     "scale_",
     "scale_each_",
     "select",
     "smallest",
+    "square_root",
 ]
 
 

@@ -8,6 +8,7 @@ device sync.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,20 @@ from torch.nn import Parameter
 from gradclip_ext import _C
 from gradclip_ext._ops.observation import compiling
 
-__all__ = ["Scalar", "clip_coefficient", "isfinite", "known", "select", "smallest"]
+__all__ = [
+    "Scalar",
+    "clip_coefficient",
+    "floor",
+    "in_tensor",
+    "isfinite",
+    "known",
+    "lerp",
+    "minimum",
+    "quotient",
+    "select",
+    "smallest",
+    "square_root",
+]
 
 # A number known on the host, or a tensor: 0-dim, or 1-D where each parameter has its own number.
 Scalar = float | Tensor
@@ -32,6 +46,13 @@ def known(number: Scalar) -> Scalar:
         value = _C.known_number(number)
         return number if value is None else value
     return number
+
+
+def in_tensor(number: Scalar, device: torch.device) -> Tensor:
+    """A number as a 0-dim float64 tensor on a device; a tensor is returned as it is."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 def isfinite(number: Scalar) -> bool | Tensor:
@@ -55,17 +76,54 @@ def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
     return torch.where(condition.to(number.device), number, other)
 
 
+def minimum(number: Scalar, other: Scalar) -> Scalar:
+    """The smaller one; NaN where the first is."""
+    if not isinstance(number, Tensor):
+        return other.clamp(max=number) if isinstance(other, Tensor) else min(number, other)
+    return torch.minimum(number, other) if isinstance(other, Tensor) else number.clamp(max=other)
+
+
+def square_root(number: Scalar) -> Scalar:
+    """Of a number that is not negative."""
+    return number.sqrt() if isinstance(number, Tensor) else math.sqrt(number)
+
+
+def floor(number: Scalar) -> Scalar:
+    """The largest whole number that is not above a finite one."""
+    return number.floor() if isinstance(number, Tensor) else float(math.floor(number))
+
+
+def lerp(start: Scalar, end: Scalar, weight: Scalar) -> Scalar:
+    """As :func:`torch.lerp`: from the nearer end, so that it rounds to between the two."""
+    if isinstance(start, Tensor):
+        return torch.lerp(start, cast(Tensor, end), weight)
+    if weight < 0.5:
+        return start + weight * (end - start)
+    return end - (end - start) * (1.0 - weight)
+
+
+def quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
+    """As IEEE 754 defines it for a divisor of 0, where Python raises ZeroDivisionError."""
+    if isinstance(divisor, float) and divisor == 0.0:
+        return dividend * math.inf
+    return dividend / divisor
+
+
 def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:
     """``min(1, limit / (norm + epsilon))``; 1 for an infinite limit, whatever the norm.
 
     A NaN norm gives NaN; 1 if norm, limit and epsilon are all 0.
     """
     total = norm + epsilon if epsilon > 0.0 else norm
-    return select((total <= limit) | (limit == math.inf), 1.0, _quotient(limit, total))
+    coefficient = quotient(limit, total)
+    if isinstance(coefficient, Tensor) and coefficient.dim() == 1 and _is_known(coefficient):
+        return coefficient.clamp(max=1.0)
+    return select((total <= limit) | (limit == math.inf), 1.0, coefficient)
 
 
-def _quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
-    # Python raises ZeroDivisionError where IEEE 754 defines a result.
-    if isinstance(divisor, float) and divisor == 0.0:
-        return dividend * math.inf
-    return dividend / divisor
+def _is_known(numbers: Tensor) -> bool:
+    """Whether the host knows that none is NaN."""
+    if not numbers.is_cpu or numbers.numel() == 0:
+        return False
+    smallest = known(numbers.min())
+    return not isinstance(smallest, Tensor) and not math.isnan(smallest)

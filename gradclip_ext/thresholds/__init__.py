@@ -5,16 +5,22 @@ A rule takes the norms of each step, on their device, and says how large the gra
 :class:`AGC` needs no history; it compares each unit of a gradient with its weights. Each paper has
 a file of its own; :mod:`.rule` holds what they share.
 
-No step reads a number on the host, so none needs a device sync. The history is kept in float64
-tensors on the gradients' device, created at the first step. After
-:meth:`~Threshold.load_state_dict`, or when the model moves to another device, they are copied there
-once.
+No step needs a device sync. Where the host knows the norms, on the CPU, rules compute with Python
+floats; elsewhere no number is read, and the history is kept in float64 tensors on the gradients'
+device, created at the first step. After :meth:`~Threshold.load_state_dict`, or when the model moves
+to another device, it is brought there once.
 """
 
 from gradclip_ext.thresholds.adagc import AdaGC
 from gradclip_ext.thresholds.agc import AGC, adaptive_clip_grad_
 from gradclip_ext.thresholds.autoclip import AutoClip
-from gradclip_ext.thresholds.rule import FixedThreshold, Rule, StatelessRule, Threshold
+from gradclip_ext.thresholds.rule import (
+    FixedThreshold,
+    Rule,
+    StatelessRule,
+    Threshold,
+    takes_numbers,
+)
 from gradclip_ext.thresholds.times_limit import TimesLimit
 from gradclip_ext.thresholds.zclip import ZClip
 
@@ -29,4 +35,5 @@ __all__ = [
     "TimesLimit",
     "ZClip",
     "adaptive_clip_grad_",
+    "takes_numbers",
 ]

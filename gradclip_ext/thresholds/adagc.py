@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._ops import Scalar
 from gradclip_ext.thresholds.rule import LARGEST_COUNT, Rule, is_observation, outside_inference
 
 __all__ = ["AdaGC"]
@@ -116,8 +117,8 @@ class AdaGC(Rule):
         }
 
     def _advance(
-        self, state: dict[str, Tensor], total: Tensor, norms: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, state: dict[str, Any], total: Scalar, norms: Tensor
+    ) -> tuple[Scalar, dict[str, Any]]:
         count, gamma = state["count"], state["gamma"]
         if norms.shape != gamma.shape:
             raise ValueError(
@@ -125,20 +126,28 @@ class AdaGC(Rule):
                 f"steps before, found shape {tuple(norms.shape)}"
             )
         observed = is_observation(total)
-        counts = is_observation(norms) & observed
+        counts: bool | Tensor = observed is True and _are_observations(norms)
+        if not counts:
+            counts = is_observation(norms) & observed
         warming = count < min(self.warmup_steps, LARGEST_COUNT)
-        # A small total may make the quotient infinite, and the coefficient 1.
-        together = norms * (self.absolute_limit / total).clamp(max=1.0)
-        limits = torch.where(warming & counts, together, self.relative_limit * gamma)
-        limits = limits.clamp(min=_SMALLEST_LIMIT)
+        limits = self.relative_limit * gamma
+        if warming is not False:
+            # A small total may make the quotient infinite, and the coefficient 1.
+            factor = self.absolute_limit * _ops.quotient(1.0, total)
+            together = norms * _ops.minimum(factor, 1.0)
+            limits = _ops.select(counts & warming, together, limits)
+        limits.clamp_(min=_SMALLEST_LIMIT)
 
         clipped = torch.minimum(norms, limits)
         # lerp rounds to between its ends, so that a positive average stays positive.
-        average = torch.lerp(gamma, clipped, 1.0 - self.beta)
-        late = torch.where(gamma.isinf(), clipped, average)
-        updated = torch.where(warming, torch.minimum(gamma, clipped), late)
-        gamma = torch.where(counts, updated, gamma)
-        return limits, {"count": count + observed, "gamma": gamma}
+        # Known on the host, if at all, by reading one number instead of comparing each.
+        all_have_one = counts is True and _ops.known(gamma.max()) < math.inf
+        begin = gamma if all_have_one else torch.where(gamma.isinf(), clipped, gamma)
+        updated: Scalar = torch.lerp(begin, clipped, 1.0 - self.beta)
+        if warming is not False:
+            updated = _ops.select(warming, torch.minimum(gamma, clipped), updated)
+        updated = _ops.select(counts, updated, gamma)
+        return limits, {"count": count + observed, "gamma": updated}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         super()._check(tensors, state)
@@ -157,4 +166,15 @@ class AdaGC(Rule):
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         # A rule that was saved before its first step does not know the number of parameters.
-        super()._restore(tensors if tensors["gamma"].numel() else {})
+        if tensors["gamma"].numel():
+            super()._restore(tensors)
+        else:
+            self._state = {}
+
+
+def _are_observations(norms: Tensor) -> bool:
+    """Whether the host knows that each of them is one."""
+    if norms.numel() == 0:
+        return False
+    smallest, largest = map(_ops.known, torch.aminmax(norms))
+    return bool(smallest > 0.0 and largest < math.inf)

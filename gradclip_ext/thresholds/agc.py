@@ -6,7 +6,6 @@ import fnmatch
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
@@ -90,9 +89,9 @@ class AGC(StatelessRule):
         self.eps = _arguments.positive(eps, "AGC", "eps")
         self.exclude = _arguments.patterns(exclude, "AGC", "exclude")
 
-    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
+    def limit_for(self, total: _ops.Scalar, norms: Tensor) -> _ops.Scalar:
         """Infinite: :meth:`clip_` limits the norms of units, not those of whole gradients."""
-        return torch.full_like(total, math.inf)
+        return math.inf
 
     def clip_(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Tensor | None:
         """Clip the gradients in place, except those of excluded names.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from gradclip_ext import _ops
+from gradclip_ext._ops import Scalar
 
 __all__ = [
     "LARGEST_COUNT",
@@ -18,6 +21,7 @@ __all__ = [
     "Threshold",
     "is_observation",
     "outside_inference",
+    "takes_numbers",
 ]
 
 
@@ -46,7 +50,7 @@ def outside_inference(function: Callable[_Arguments, _Result]) -> Callable[_Argu
     return outside
 
 
-def is_observation(norm: Tensor) -> Tensor:
+def is_observation(norm: Scalar) -> bool | Tensor:
     """Where a norm tells how large gradients are: finite, and not the 0 of having none."""
     return (norm > 0.0) & (norm < math.inf)
 
@@ -93,7 +97,11 @@ class Threshold(Protocol):
 
 
 class Rule:
-    """Base class of the rules: creates, moves, saves and loads a state of tensors."""
+    """Base class of the rules: creates, moves, saves and loads a state.
+
+    Where the host knows the total, the scalars of the state are Python floats; elsewhere they are
+    tensors on the device of the total. Saved are tensors in both cases.
+    """
 
     per_parameter: bool = False
     # The papers divide by the norm itself.
@@ -101,9 +109,10 @@ class Rule:
 
     def __init__(self) -> None:
         # Empty before the first step, at which the device and the parameters become known.
-        self._state: dict[str, Tensor] = {}
+        self._state: dict[str, Any] = {}
+        # The device of its tensors; None where the scalars are known on the host.
+        self._place: torch.device | None = None
 
-    @outside_inference
     def limits(self, total: Tensor, norms: Tensor) -> Tensor:
         """Take the norms of this step and return its limits, see :meth:`Threshold.limits`.
 
@@ -118,10 +127,21 @@ class Rule:
         # Nothing of the graph that computed the norms may live on in the state.
         total = total.detach().to(torch.float64)
         norms = norms.detach().to(torch.float64)
-        state = self._state or self._initial(norms.numel(), total.device)
-        state = {name: tensor.to(total.device) for name, tensor in state.items()}
         with torch.no_grad():
-            limits, self._state = self._advance(state, total, norms)
+            return _ops.in_tensor(self.limit_for(_ops.known(total), norms), total.device)
+
+    @outside_inference
+    def limit_for(self, total: Scalar, norms: Tensor) -> Scalar:
+        """As :meth:`limits`, with a total that may be known on the host; so is the limit then.
+
+        Gradients are not recorded. ``norms`` are float64.
+        """
+        place = total.device if isinstance(total, Tensor) else None
+        state = self._state
+        if not state or place != self._place:
+            state = self._placed(place, norms.numel())
+        limits, self._state = self._advance(state, total, norms)
+        self._place = place
         return limits
 
     def rearrange(self, places: Sequence[int | None]) -> None:
@@ -133,8 +153,7 @@ class Rule:
     @outside_inference
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state: tensors and numbers, and the name of the class as ``"rule"``."""
-        state = self._state or self._initial(0, torch.device("cpu"))
-        copies = {name: tensor.clone() for name, tensor in state.items()}
+        copies = {name: tensor.clone() for name, tensor in self._tensors(0).items()}
         return {"rule": self._name, **copies, **self._settings()}
 
     @outside_inference
@@ -162,10 +181,34 @@ class Rule:
         raise NotImplementedError
 
     def _advance(
-        self, state: dict[str, Tensor], total: Tensor, norms: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This step's limits, and the state after it."""
+        self, state: dict[str, Any], total: Scalar, norms: Tensor
+    ) -> tuple[Scalar, dict[str, Any]]:
+        """This step's limits, and the state after it. The scalars of a state are as the total."""
         raise NotImplementedError
+
+    def _placed(self, place: torch.device | None, parameter_count: int) -> dict[str, Any]:
+        """The state as it is needed in a place, which may be a new one."""
+        return self._in_place(self._tensors(parameter_count), place)
+
+    def _in_place(
+        self, tensors: Mapping[str, Tensor], place: torch.device | None
+    ) -> dict[str, Any]:
+        """A state of tensors as a step in a place needs it."""
+        if place is None:
+            return {name: self._on_host(name, tensors) for name in tensors}
+        return {name: tensor.to(place) for name, tensor in tensors.items()}
+
+    def _tensors(self, parameter_count: int) -> dict[str, Tensor]:
+        """The state in tensors, or that before the first step."""
+        if not self._state:
+            return self._initial(parameter_count, torch.device("cpu"))
+        device = self._place or torch.device("cpu")
+        return {name: _ops.in_tensor(value, device) for name, value in self._state.items()}
+
+    def _on_host(self, name: str, tensors: Mapping[str, Tensor]) -> Any:
+        """A part of the state as it is held where the total is known: scalars as numbers."""
+        tensor = tensors[name].to("cpu")
+        return float(_ops.known(tensor)) if tensor.dim() == 0 else tensor
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that are needed to interpret the state."""
@@ -190,7 +233,10 @@ class Rule:
             self._require(False, key, expected, found[index].item(), f"[{index}]")
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        self._state = tensors
+        device = tensors["count"].device
+        # Here and not in the first step, which on the CPU will ask for numbers.
+        self._place = None if device.type == "cpu" else device
+        self._state = self._in_place(tensors, self._place)
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Copies of the tensors of a state, in the form that :meth:`_initial` gives them."""
@@ -239,6 +285,14 @@ class StatelessRule:
     epsilon: float = 0.0
     only_measures: bool = False
 
+    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
+        """The same limit in every step, as a 0-dim tensor; see :meth:`Threshold.limits`."""
+        return _ops.in_tensor(self.limit_for(total, norms), total.device)
+
+    def limit_for(self, total: Scalar, norms: Tensor) -> Scalar:
+        """As :meth:`limits`, with a total that may be known on the host; so is the limit then."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
         return {}
@@ -274,15 +328,23 @@ class FixedThreshold(StatelessRule):
         self.max_norm = max_norm
         self.only_measures = max_norm == math.inf
         # On the device of the norms, so that no step has to bring it there.
-        self._limit = self._on(torch.device("cpu"))
+        self._limit: Tensor | None = None
 
-    def limits(self, total: Tensor, norms: Tensor) -> Tensor:
-        """``max_norm`` as a 0-dim tensor, see :meth:`Threshold.limits`."""
-        if self._limit.device != total.device:
+    def limit_for(self, total: Scalar, norms: Tensor) -> Scalar:
+        """``max_norm``, on the device of a total that is not known on the host."""
+        if not isinstance(total, Tensor):
+            return self.max_norm
+        if self._limit is None or self._limit.device != total.device:
             self._limit = self._on(total.device)
         return self._limit
 
     @outside_inference
     def _on(self, device: torch.device) -> Tensor:
         # Not moved: what has been on the meta device holds no number any more.
-        return torch.full((), self.max_norm, dtype=torch.float64, device=device)
+        return _ops.in_tensor(self.max_norm, device)
+
+
+def takes_numbers(rule: Threshold) -> TypeGuard[Rule | StatelessRule]:
+    """Whether it can be asked by ``limit_for``: its ``limits`` are not overridden."""
+    own = getattr(rule.limits, "__func__", None)
+    return own is Rule.limits or own is StatelessRule.limits

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._ops import Scalar
 from gradclip_ext.thresholds.rule import LARGEST_COUNT, Rule, is_observation
 
 __all__ = ["ZClip"]
@@ -78,37 +79,36 @@ class ZClip(Rule):
         }
 
     def _advance(
-        self, state: dict[str, Tensor], total: Tensor, norms: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, state: dict[str, Any], total: Scalar, norms: Tensor
+    ) -> tuple[Scalar, dict[str, Any]]:
         count, mean, variance = state["count"], state["mean"], state["variance"]
         observed = is_observation(total)
-        unobserved = observed.logical_not()
-        # Whether the warm-up is over is known on the device only, so both ways are computed.
+        # Whether the warm-up is over may be known on the device only, so both ways are computed.
         warming = count < min(self.warmup_steps, LARGEST_COUNT)
 
-        deviation = variance.sqrt()
+        deviation = _ops.square_root(variance)
         score = (total - mean) / (deviation + 1e-6)
         # In this order nothing leaves the range of float64 where the score is above the threshold,
         # as the square of the threshold may.
-        excess = self.z_threshold * deviation / (score / self.z_threshold)
-        reached = mean + excess.masked_fill(unobserved, 0.0)
+        excess = _ops.quotient(self.z_threshold * deviation, score / self.z_threshold)
+        reached = mean + _ops.select(observed, excess, 0.0)
         ordinary = (score <= self.z_threshold) & observed
-        limit = reached.masked_fill(warming | ordinary, math.inf)
-        norm = torch.where(observed, torch.minimum(total, limit), mean)
+        limit = _ops.select(warming | ordinary, math.inf, reached)
+        norm = _ops.select(observed, _ops.minimum(total, limit), mean)
 
         # In the warm-up mean and population variance of the norms up to now come from those of the
         # ones before (Welford 1962): the norms themselves need not be kept. Both averages are the
         # same step towards the norm, of another length. A mean of positive norms stays positive,
         # because lerp rounds to between its ends, as a sum of products does not.
-        step = torch.where(warming, (count + 1.0).reciprocal(), 1.0 - self.alpha)
-        step = step.masked_fill(unobserved, 0.0)
-        new_mean = torch.lerp(mean, norm, step)
+        step = _ops.select(warming, 1.0 / (count + 1.0), 1.0 - self.alpha)
+        step = _ops.select(observed, step, 0.0)
+        new_mean = _ops.lerp(mean, norm, step)
         distance = norm - new_mean
-        square = distance * torch.where(warming, norm - mean, distance)
-        new_variance = torch.lerp(variance, square.clamp(max=_LARGEST), step)
+        square = distance * _ops.select(warming, norm - mean, distance)
+        new_variance = _ops.lerp(variance, _ops.minimum(square, _LARGEST), step)
 
         if self.max_norm is not None:
-            limit = limit.clamp(max=self.max_norm)
+            limit = _ops.minimum(limit, self.max_norm)
         return limit, {"count": count + observed, "mean": new_mean, "variance": new_variance}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
