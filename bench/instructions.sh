@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints how many instructions a call executes, for lists of 1, 20 and 1000 tensors of 8 elements.
-# Counts repeat exactly on one machine, whatever else it does, and show changes far below the noise
-# of times. Needs valgrind, which knows no AVX-512, and a C compiler. About a minute.
+# Two runs differ by 0.5 % at most, whatever else the machine does, so they show changes below the
+# noise of times. Needs valgrind, which knows no AVX-512, and a C compiler. About a minute.
 #
 #     bench/instructions.sh
 #     bench/instructions.sh --tensors 100

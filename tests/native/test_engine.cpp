@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/duplicates.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
 #include "core/span.h"
@@ -304,6 +305,20 @@ void test_decay() {
   }
 }
 
+void test_any_twice() {
+  std::vector<int64_t> objects(1000);
+  std::vector<const void*> items;
+  CHECK(!any_twice(items.data(), 0));
+  for (int64_t& object : objects) {
+    items.push_back(&object);
+    CHECK(!any_twice(items.data(), items.size()));
+  }
+  for (const size_t place : {0, 1, 500, 998}) {
+    items.back() = &objects[place];
+    CHECK(any_twice(items.data(), items.size()));
+  }
+}
+
 void test_power_sum() {
   PowerSum sum(Norm::kL2);
   for (const double value : {1e16, 1.0, 1.0, -1e16}) sum.add(value);
@@ -340,6 +355,7 @@ int main() {
   using List = std::vector<std::pair<int64_t, DType>>;
   gradclip::test_power_sum();
   gradclip::test_clip_coefficient();
+  gradclip::test_any_twice();
   gradclip::test_far_from_one();
   gradclip::test_decay();
   for (const gradclip::Format& format : gradclip::kFormats) gradclip::test_all_of_16_bits(format);
