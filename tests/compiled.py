@@ -34,13 +34,19 @@ def compiler() -> str:
 
 
 def object_file(
-    source: Path, options: Sequence[str], folders: Sequence[Path], system: Sequence[str] = ()
+    source: Path,
+    options: Sequence[str],
+    folders: Sequence[Path],
+    system: Sequence[str] = (),
+    command: str | None = None,
 ) -> Path:
     """The source as an object file, which nobody may change.
 
     `folders` are searched for headers, and have to hold the source; `system` after them, for the
-    headers of torch and Python, whose versions stand for their contents.
+    headers of torch and Python, whose versions stand for their contents. `command` is a compiler
+    for another machine.
     """
+    command = command or compiler()
     place = hashlib.sha256()
     # A new file may be found where another was, so their names count as well.
     names = [
@@ -50,7 +56,7 @@ def object_file(
         if path.suffix not in (".py", ".pyc")
     ]
     for part in (
-        _version(compiler()),
+        _version(command),
         importlib.metadata.version("torch"),
         *system,
         *options,
@@ -69,11 +75,14 @@ def object_file(
         with _locked(found or includes):
             # Another process may have compiled it in the meantime.
             if _stored(includes, folders) == found and not (found and found.exists()):
-                _compile(source, [*options, *_flags(folders, system)], includes, folders)
+                call = [command, *options, *_flags(folders, system)]
+                _compile(call, source, includes, folders)
 
 
-def linked(target: Path, objects: Sequence[Path], options: Sequence[str]) -> Path:
-    subprocess.run([compiler(), *objects, *options, "-o", target], check=True)
+def linked(
+    target: Path, objects: Sequence[Path], options: Sequence[str], command: str | None = None
+) -> Path:
+    subprocess.run([command or compiler(), *objects, *options, "-o", target], check=True)
     return target
 
 
@@ -91,12 +100,11 @@ def shared_folder(
         filled.touch()
 
 
-def _compile(source: Path, options: Sequence[str], includes: Path, folders: Sequence[Path]) -> None:
+def _compile(call: Sequence[str], source: Path, includes: Path, folders: Sequence[Path]) -> None:
     partial = includes.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
     rule = partial.with_suffix(f"{partial.suffix}d")
     try:
-        command = [compiler(), *options, "-MMD", "-MF", rule, "-c", source, "-o", partial]
-        subprocess.run(command, check=True)
+        subprocess.run([*call, "-MMD", "-MF", rule, "-c", source, "-o", partial], check=True)
         # As a rule of make: the target, a colon, and the files, in lines that end in backslashes.
         files = shlex.split(rule.read_text(encoding="utf-8").replace("\\\n", " "))[1:]
         rule.write_text("\n".join(_name(Path(file), folders) for file in files), encoding="utf-8")

@@ -1,8 +1,8 @@
 #include "binding/containers.h"
 
-#include <cstddef>
-#include <cstdint>
 #include <vector>
+
+#include "core/duplicates.h"
 
 namespace gradclip::binding {
 
@@ -33,22 +33,10 @@ bool hold_exactly(PyObject* containers, PyObject* expected) {
 }
 
 bool holds_twice(PyObject* sequence) {
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
-  PyObject* const* items = PySequence_Fast_ITEMS(sequence);
-  // A hash table with room for twice as many, open addressing; sorting takes several times as long.
-  size_t mask = 1;
-  while (mask < 2 * static_cast<size_t>(count)) mask = 2 * mask + 1;
-  std::vector<PyObject*> table(mask + 1, nullptr);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    // Objects lie at multiples of 16, so the lowest bits tell nothing.
-    size_t place = (reinterpret_cast<uintptr_t>(items[i]) / 16 * 0x9E3779B97F4A7C15u) >> 20 & mask;
-    while (table[place] != nullptr) {
-      if (table[place] == items[i]) return true;
-      place = (place + 1) & mask;
-    }
-    table[place] = items[i];
-  }
-  return false;
+  const std::vector<const void*> items(
+      PySequence_Fast_ITEMS(sequence),
+      PySequence_Fast_ITEMS(sequence) + PySequence_Fast_GET_SIZE(sequence));
+  return any_twice(items.data(), items.size());
 }
 
 }  // namespace gradclip::binding

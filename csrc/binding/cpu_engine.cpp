@@ -7,7 +7,6 @@
 #include <cmath>
 #include <vector>
 
-#include "core/overlap.h"
 #include "cpu/passes.h"
 
 namespace gradclip::binding {
@@ -34,8 +33,8 @@ void for_all_tiles(const FlatIndex& index, bool serial, const Work& work) {
 // written serially, one tensor after another.
 template <class Work>
 void write(const TensorList& tensors, const Work& work) {
-  const FlatIndex index = tensors.index_for_writing();
-  const bool serial = index.bytes() >= kSerialBytes && share_memory(index);
+  const FlatIndex& index = tensors.index_for_writing();
+  const bool serial = index.bytes() >= kSerialBytes && tensors.share_memory();
   for_all_tiles(index, serial, [&](Range tiles) { work(index, tiles); });
 }
 

@@ -212,10 +212,10 @@ class CudaEngine final : public Engine {
     clip.max_norm = scalar_of(max_norm);
     clip.norm_result = result.mutable_data_ptr();
     clip.norm_dtype = *native_dtype(request.result_dtype);
-    const FlatIndex index = tensors.index_for_reading();
+    const FlatIndex& index = tensors.index_for_reading();
     const bool is_small = index.tensors() > 0 && cuda::fits_one_block(index);
     if (is_small && !request.error_if_nonfinite && !share_memory(index)) {
-      const FlatIndex writable = tensors.index_for_writing();
+      const FlatIndex& writable = tensors.index_for_writing();
       check(cuda::clip_in_one_block(plan_of(writable), request.precision, clip, queue.stream()));
       return result;
     }
@@ -238,7 +238,7 @@ class CudaEngine final : public Engine {
                              const WeightDecay* decay) const override {
     if (decay == nullptr) {
       const Queue queue(tensors);
-      const FlatIndex index = tensors.index_for_reading();
+      const FlatIndex& index = tensors.index_for_reading();
       return norms_of(queue, tensors, index.tensors(), plan_of(index), kind, precision);
     }
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();

@@ -5,6 +5,8 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <memory>
+
 namespace gradclip::binding {
 namespace {
 
@@ -25,8 +27,11 @@ class Reference {
 };
 
 // Through Python: a subclass may define its own `grad`, and torch warns about that of a non-leaf
-// tensor. The list keeps the result alive.
+// tensor. That may drop the gradients read so far, or the parameter.
 bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
+  tensors->hold();
+  Py_INCREF(parameter);
+  const Reference held(parameter);
   const Reference grad(PyObject_GetAttrString(parameter, "grad"));
   if (grad.get() == nullptr) throw pybind11::error_already_set();
   if (grad.get() == Py_None) {
@@ -35,6 +40,7 @@ bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
   }
   if (!THPVariable_Check(grad.get())) return false;
   tensors->add(THPVariable_Unpack(grad.get()));
+  tensors->hold();
   return true;
 }
 
@@ -70,14 +76,21 @@ bool gather(PyObject* sequence, Read read, TensorList* tensors) {
   const bool is_list = PyList_CheckExact(sequence);
   if (!is_list && !PyTuple_CheckExact(sequence)) return false;
   tensors->reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)));
-  // A `grad` property may change the list, so read its size each time and hold the item.
+  // A `grad` property may change the list, so read its size each time.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence); ++i) {
-    PyObject* item = PySequence_Fast_GET_ITEM(sequence, i);
-    Py_INCREF(item);
-    const Reference held(item);
-    if (!add(item, read, tensors)) return false;
+    if (!add(PySequence_Fast_GET_ITEM(sequence, i), read, tensors)) return false;
   }
-  return tensors->accept();
+  if (!tensors->accept()) return false;
+  if (read == Read::kGrads) {
+    tensors->hold();
+    return true;
+  }
+  // References on the objects are cheaper, and the first reference beside that of the object itself
+  // is costly: torch then makes the tensor an owner of its object.
+  PyObject* owner = PySequence_Tuple(sequence);
+  if (owner == nullptr) throw pybind11::error_already_set();
+  tensors->set_owner(std::shared_ptr<PyObject>(owner, [](PyObject* tuple) { Py_DECREF(tuple); }));
+  return true;
 }
 
 at::Tensor unpack(PyObject* object) {

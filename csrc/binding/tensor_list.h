@@ -1,5 +1,5 @@
-// A list of tensors that the native engines can work on: the tensors, held alive, and the flat
-// memory behind them.
+// A list of tensors that the native engines can work on: the tensors, and the flat memory behind
+// them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,9 @@
 #include <c10/core/DispatchKey.h>
 #include <c10/core/ScalarType.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/flat_index.h"
@@ -46,13 +48,26 @@ class TensorList {
  public:
   // Complex numbers are pairs of reals for the L2 norm and for scaling, and for nothing else.
   explicit TensorList(bool accept_complex) : accept_complex_(accept_complex) {}
+  ~TensorList();
+  TensorList(TensorList&&) = default;
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
 
   void reserve(size_t count);
 
+  // The list borrows the tensor until `hold` is called: taking a reference is an atomic operation,
+  // and loads of the next tensor would wait for it.
   void add(const at::Tensor& tensor);
 
   // Stands for a parameter that has no gradient.
-  void skip() { ++listed_; }
+  void skip() { skipped_.push_back(listed_++); }
+
+  // What keeps all tensors alive instead, until the list is destroyed.
+  void set_owner(std::shared_ptr<void> owner) { owner_ = std::move(owner); }
+
+  // Keeps what was added so far alive. Needed before anything runs that may drop a tensor: Python
+  // code, or other threads once the GIL is released.
+  void hold();
 
   // Call it once, after adding the last tensor. False if any of them is for the fallback, or if
   // they are on several devices.
@@ -73,14 +88,17 @@ class TensorList {
   at::ScalarType norm_dtype() const { return norm_dtype_; }
 
   // For measuring; does not materialize copy-on-write tensors.
-  FlatIndex index_for_reading() const { return FlatIndex(spans_); }
+  const FlatIndex& index_for_reading() const { return index_; }
 
   // For writing; materializes copy-on-write tensors.
-  FlatIndex index_for_writing() const;
+  const FlatIndex& index_for_writing() const;
 
   // The same, split into as few indices as possible so that no two tensors of an index share
   // memory: a single index unless some do. Sorts the tensors, so call it as late as possible.
   std::vector<FlatIndex> disjoint_indices_for_writing() const;
+
+  // Whether two tensors share memory, or one is listed twice.
+  bool share_memory() const;
 
   // The first element of each tensor that is not empty, for reading.
   std::vector<const void*> pointers() const;
@@ -91,9 +109,14 @@ class TensorList {
  private:
   bool accept_complex_;
   std::vector<at::Tensor> tensors_;
-  std::vector<int64_t> positions_;
+  // Those before this one are held, the others borrowed.
+  size_t held_ = 0;
+  std::shared_ptr<void> owner_;
+  // The places of parameters without a gradient.
+  std::vector<int64_t> skipped_;
   int64_t listed_ = 0;
-  std::vector<Span> spans_;
+  // Materializing gives a tensor other memory, which is then also where it has to be read.
+  mutable FlatIndex index_;
   at::ScalarType norm_dtype_ = at::ScalarType::Undefined;
 };
 

@@ -78,17 +78,26 @@ GRADCLIP_HOST_DEVICE constexpr int64_t end_tile(const Integer* first_tile, Count
 // every tensor owns at least one tile, which the slot numbering relies on.
 class FlatIndex {
  public:
+  FlatIndex() = default;
+
   explicit FlatIndex(std::vector<Span> spans) : spans_(std::move(spans)) {
     spans_.erase(std::remove_if(spans_.begin(), spans_.end(),
                                 [](const Span& span) { return span.numel == 0; }),
                  spans_.end());
-    first_tile_.reserve(spans_.size());
-    for (const Span& span : spans_) {
-      first_tile_.push_back(tiles_);
-      tiles_ += tile_count(span);
-      bytes_ += span.numel * element_size(span.dtype);
+    first_tile_.resize(spans_.size());
+    int64_t tiles = 0;
+    int64_t bytes = 0;
+    for (size_t i = 0; i < spans_.size(); ++i) {
+      first_tile_[i] = tiles;
+      tiles += tile_count(spans_[i]);
+      bytes += spans_[i].numel * element_size(spans_[i].dtype);
     }
+    tiles_ = tiles;
+    bytes_ = bytes;
   }
+
+  // For a tensor whose elements were copied to other memory.
+  void move(int64_t tensor, void* data) { spans_[static_cast<size_t>(tensor)].data = data; }
 
   const std::vector<Span>& spans() const { return spans_; }
   int64_t tensors() const { return static_cast<int64_t>(spans_.size()); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import reference as ref
 import torch
@@ -356,6 +357,21 @@ def test_the_same_gradient_twice_counts_and_scales_twice(size):
     torch_norm = torch.nn.utils.clip_grad_norm_([other, other], 1.0)
     torch.testing.assert_close(norm, torch_norm)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("native", [True, False], ids=["all of it", "a part"])
+def test_two_storages_of_the_same_memory_are_scaled_one_after_another(native):
+    memory = numpy.ones(200_000, dtype=numpy.float32)
+    first, second = torch.from_numpy(memory), torch.from_numpy(memory)
+    others = [torch.ones(200_000) for _ in range(3)]
+    beside = torch.ones(5) if native else torch.ones(10)[::2]
+    given = ref.parameters([others[0], first, others[1], second, others[2], beside])
+    norm = gradclip_ext.clip_grad_norm_(given, 1.0).item()
+    assert norm == pytest.approx(math.sqrt(1_000_005), rel=1e-6)
+    assert torch.allclose(first, torch.tensor(norm**-2), rtol=1e-5, atol=0)
+    for other in [*others, beside]:
+        assert torch.allclose(other, torch.tensor(1.0 / norm), rtol=1e-5, atol=0)
 
 
 def test_views_that_overlap_partly_are_scaled_one_after_another():

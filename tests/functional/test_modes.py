@@ -279,6 +279,20 @@ class TestSubclasses:
         parameters = [Emptying(torch.zeros(2)), *ref.parameters([torch.ones(2)] * 50)]
         assert gradclip_ext.clip_grad_norm_(parameters, 10.0).item() == 5.0
 
+    def test_a_grad_property_that_drops_the_gradients_before_it(self):
+        class Dropping(torch.nn.Parameter):
+            @property
+            def grad(self):
+                for parameter in before:
+                    parameter.grad = None
+                # Would lie where a gradient that nobody holds was.
+                self.others = [torch.full((1000,), 7.0) for _ in before]
+                return torch.tensor([3.0, 4.0])
+
+        before = ref.parameters([torch.ones(1000) for _ in range(50)])
+        norm = gradclip_ext.clip_grad_norm_([*before, Dropping(torch.zeros(2))], 1e6)
+        assert norm.item() == pytest.approx((50_000 + 25) ** 0.5)
+
 
 @pytest.mark.filterwarnings("ignore:.*(deprecated|prototype|experimental).*")
 class TestOtherLayouts:

@@ -1,6 +1,7 @@
 """Builds and runs the tests of csrc that need neither torch nor CUDA.
 
-tests/native/test_engine.cpp is for csrc/core and csrc/cpu, test_plan.cpp for csrc/cuda/plan.h.
+tests/native/test_engine.cpp is for csrc/core and csrc/cpu, test_plan.cpp for csrc/cuda/plan.h. Both
+also run on an emulated aarch64, where its compiler and the emulator are installed.
 """
 
 from __future__ import annotations
@@ -42,46 +43,60 @@ COMMON = ["-Wall", "-Wextra", "-Werror", "-pthread"]
 FOLDERS = [ROOT / "csrc", ROOT / "tests/native"]
 
 
-def built(build_name, sources, folder):
-    options = [*BUILDS[build_name], *COMMON]
+ENGINE = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+PLAN = [ROOT / "tests/native/test_plan.cpp", ROOT / "csrc/cuda/plan.cpp"]
+AARCH64 = ["aarch64-linux-gnu-g++", "qemu-aarch64"]
+
+
+def built(options, sources, folder, command=None):
+    options = [*options, *COMMON]
+
+    def compiled(source):
+        return object_file(source, options, FOLDERS, command=command)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: object_file(source, options, FOLDERS), sources))
-    return linked(folder / "program", objects, options)
+        objects = list(pool.map(compiled, sources))
+    return linked(folder / "program", objects, options, command)
+
+
+def require_success(call, instruction_set):
+    result = subprocess.run(
+        call,
+        env={**os.environ, "GRADCLIP_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) checks", result.stdout)[1]) > 100_000
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def program(request, tmp_path_factory):
-    sources = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    return built(request.param, sources, tmp_path_factory.mktemp("native"))
+    return built(BUILDS[request.param], ENGINE, tmp_path_factory.mktemp("native"))
 
 
 @by_instruction_set
 def test_engine_without_torch(program, instruction_set):
     skip_unless_available(instruction_set)
-    result = subprocess.run(
-        [program],
-        env={**os.environ, "GRADCLIP_CPU": instruction_set},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) checks", result.stdout)[1]) > 100_000
+    require_success([program], instruction_set)
 
 
 @pytest.mark.parametrize("build_name", BUILDS)
 def test_plan_without_cuda(build_name, tmp_path):
-    sources = [ROOT / "tests/native/test_plan.cpp", ROOT / "csrc/cuda/plan.cpp"]
-    result = subprocess.run(
-        [built(build_name, sources, tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) checks", result.stdout)[1]) > 100_000
+    require_success([built(BUILDS[build_name], PLAN, tmp_path)], AVAILABLE[-1])
+
+
+@pytest.mark.parametrize("sources", [ENGINE, PLAN], ids=["engine", "plan"])
+def test_on_an_emulated_aarch64(sources, tmp_path):
+    missing = [command for command in AARCH64 if shutil.which(command) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}; see tools/install_aarch64.sh")
+    command, emulator = map(shutil.which, AARCH64)
+    # Static, so that it runs without the libraries of such a machine.
+    options = [*BUILDS["c++17"], "-static"]
+    require_success([emulator, built(options, sources, tmp_path, command)], "portable")
 
 
 @by_instruction_set

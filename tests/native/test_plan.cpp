@@ -157,7 +157,7 @@ void test_first_error_ends_the_launches() {
 }
 
 void test_empty_list() {
-  const FlatIndex index({});
+  const FlatIndex index(std::vector<Span>{});
   const Plan plan(index, /*decay=*/nullptr, kLargeTable, 100);
   CHECK(plan.parts().empty());
   CHECK(plan.partials() == 0);
