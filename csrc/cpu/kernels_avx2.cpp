@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 32;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", power_sum, scale, add_scaled, clamp};
+const Kernels kAvx2Kernels = {"avx2", power_sum, scale, add_scaled, clamp, row_sums, scale_rows};
 
 }  // namespace gradclip::cpu
 #endif

@@ -27,7 +27,8 @@ constexpr int kVectorBytes = 64;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", power_sum, scale, add_scaled, clamp};
+const Kernels kAvx512Kernels = {"avx512", power_sum, scale,     add_scaled,
+                                clamp,    row_sums,  scale_rows};
 
 }  // namespace gradclip::cpu
 #endif

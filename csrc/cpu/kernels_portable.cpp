@@ -17,6 +17,7 @@ constexpr int kVectorBytes = 16;
 #include "cpu/kernels_body.h"
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", power_sum, scale, add_scaled, clamp};
+const Kernels kPortableKernels = {"portable", power_sum, scale,     add_scaled,
+                                  clamp,      row_sums,  scale_rows};
 
 }  // namespace gradclip::cpu
