@@ -199,8 +199,7 @@ class Step:
 
     def _measured_natively(self, group: Group) -> tuple[Tensor, Tensor] | None:
         settings = self._settings
-        if isinstance(group.rule, AGC):
-            # Its units are not looked at natively.
+        if isinstance(group.rule, AGC) and not _ops.have_native_units(group.parameters):
             return None
         if settings.clip_value is not None and _ops.are_complex(group.parameters):
             return None

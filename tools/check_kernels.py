@@ -37,6 +37,7 @@ LOOPS = {
     "scale_each_kernel": 1,
     "clamp_kernel": 1,
     "clip_in_one_block_kernel": 2,
+    "clip_rows_kernel": 3,
     "tensor_norms_kernel": 0,
     "finish_kernel": 0,
 }
@@ -45,7 +46,7 @@ DECAY_TABLE = "DecayTable"
 # Before sm_80 there is no instruction that rounds to bfloat16. What stands for it takes so many
 # registers that the compiler holds one of the loads back.
 FIRST_WITH_BFLOAT16 = 80
-ROUNDING = {"scale_kernel", "scale_each_kernel", "clip_in_one_block_kernel"}
+ROUNDING = {"scale_kernel", "scale_each_kernel", "clip_in_one_block_kernel", "clip_rows_kernel"}
 # Kernels that may start before the kernel whose results they read has ended.
 WAITING = {"scale_kernel", "finish_kernel", "tensor_norms_kernel"}
 WITHOUT_TABLE = {"finish_kernel"}

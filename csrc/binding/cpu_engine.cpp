@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cpu/passes.h"
@@ -95,6 +96,61 @@ Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm kind, Pre
   return {scalar_tensor(finish(kind, cpu::total_power_sum(kind, sums)), at::kDouble), each};
 }
 
+// A longer row leaves the cache of a core before it is scaled, and is shared out among threads.
+constexpr int64_t kLongRowBytes = 256 * 1024;
+
+bool is_long(const Rows& rows) {
+  return std::max(rows.gradient_row() * element_size(rows.gradient.dtype),
+                  rows.weights_row() * element_size(rows.weights.dtype)) > kLongRowBytes;
+}
+
+void append_rows(const Span& span, int64_t count, std::vector<Span>* rows) {
+  const int64_t length = span.numel / count;
+  const int64_t bytes = length * element_size(span.dtype);
+  for (int64_t row = 0; row < count; ++row) {
+    rows->push_back({static_cast<char*>(span.data) + row * bytes, length, span.dtype});
+  }
+}
+
+// In one pass: each thread measures and scales rows of its own. Returns the smallest coefficient.
+double clip_short_rows(const std::vector<Rows>& rows, const UnitLimit& limit) {
+  std::vector<Span> gradients;
+  for (const Rows& own : rows) gradients.push_back(own.gradient);
+  const FlatIndex index(std::move(gradients));
+  std::vector<double> smallest(static_cast<size_t>(index.tiles()), 1.0);
+  for_all_tiles(index, /*serial=*/false, [&](Range tiles) {
+    smallest[static_cast<size_t>(tiles.begin)] = cpu::clip_rows(index, rows.data(), limit, tiles);
+  });
+  return smallest.empty() ? 1.0 : *std::min_element(smallest.begin(), smallest.end());
+}
+
+// In three passes, each row as if it were a tensor. Returns the smallest coefficient.
+double clip_long_rows(const std::vector<Rows>& rows, const UnitLimit& limit) {
+  std::vector<Span> gradients;
+  std::vector<Span> weights;
+  for (const Rows& own : rows) {
+    append_rows(own.gradient, own.count, &gradients);
+    append_rows(own.weights, own.count, &weights);
+  }
+  const auto norms_of_rows = [](const FlatIndex& index) {
+    return cpu::tensor_norms(index, Norm::kL2,
+                             measured_tiles(index, Norm::kL2, Precision::kFloat32, nullptr));
+  };
+  const FlatIndex index(std::move(gradients));
+  const std::vector<double> norms = norms_of_rows(index);
+  std::vector<double> coefficients = norms_of_rows(FlatIndex(std::move(weights)));
+  double smallest = 1.0;
+  for (size_t row = 0; row < norms.size(); ++row) {
+    coefficients[row] = limit.coefficient(coefficients[row], norms[row]);
+    smallest = std::min(smallest, coefficients[row]);
+  }
+  if (smallest < 1.0) {
+    for_all_tiles(index, /*serial=*/false,
+                  [&](Range tiles) { cpu::scale_each(index, coefficients.data(), tiles); });
+  }
+  return smallest;
+}
+
 class CpuEngine final : public Engine {
  public:
   at::Tensor power_sum(const TensorList& tensors, Norm kind) const override {
@@ -150,6 +206,35 @@ class CpuEngine final : public Engine {
 
   void clamp(const TensorList& tensors, double bound) const override {
     write(tensors, [&](const FlatIndex& index, Range tiles) { cpu::clamp(index, bound, tiles); });
+  }
+
+  // Not in 16 bits, where torch rounds the factor as well, and at the end of a tensor the product.
+  bool add_weight_decay(const TensorList& tensors, const WeightDecay& decay) const override {
+    const FlatIndex& read = tensors.index_for_reading();
+    const bool has_16_bits =
+        std::any_of(read.spans().begin(), read.spans().end(),
+                    [](const Span& span) { return element_size(span.dtype) == 2; });
+    if (has_16_bits) return false;
+    const FlatIndex& index = tensors.index_for_writing();
+    const std::vector<const void*> parameters = decay.parameters.pointers();
+    for_all_tiles(index, /*serial=*/false, [&](Range tiles) {
+      cpu::add_decay(index, {decay.factor, parameters.data()}, tiles);
+    });
+    return true;
+  }
+
+  std::optional<at::Tensor> clip_units(const TensorList& tensors, const TensorList& parameters,
+                                       const UnitLimit& limit) const override {
+    const std::vector<Rows> all_rows = rows_of(tensors, parameters);
+    if (all_rows.empty()) return std::nullopt;
+    std::vector<Rows> short_rows;
+    std::vector<Rows> long_rows;
+    for (const Rows& rows : all_rows) {
+      (is_long(rows) ? long_rows : short_rows).push_back(rows);
+    }
+    const double smallest =
+        std::min(clip_short_rows(short_rows, limit), clip_long_rows(long_rows, limit));
+    return scalar_tensor(smallest, at::kDouble);
   }
 
  private:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "core/overlap.h"
@@ -180,6 +181,27 @@ Norms norms_of(const Queue& queue, const TensorList& tensors, int64_t count, con
   return {total, each};
 }
 
+// The plan of a launch that adds the decay, if the device and the alignment of the tensors allow
+// it.
+std::optional<cuda::Plan> decaying_plan(const FlatIndex& index, const Decay& decay,
+                                        const std::vector<const void*>& parameters) {
+  if (!have_same_alignment(index, parameters)) return std::nullopt;
+  cuda::Plan plan;
+  const cudaError_t error = cuda::make_plan(index, &decay, &plan);
+  if (error == cudaErrorNotSupported) return std::nullopt;
+  check(error);
+  return plan;
+}
+
+// A single block measures and scales a row, which takes too long for a longer one. An estimate, not
+// yet measured on a GPU.
+constexpr int64_t kLongRowBytes = 4 * 1024 * 1024;
+
+bool is_long(const Rows& rows) {
+  return std::max(rows.gradient_row() * element_size(rows.gradient.dtype),
+                  rows.weights_row() * element_size(rows.weights.dtype)) > kLongRowBytes;
+}
+
 class CudaEngine final : public Engine {
  public:
   at::Tensor power_sum(const TensorList& tensors, Norm kind) const override {
@@ -245,14 +267,11 @@ class CudaEngine final : public Engine {
     if (indices.size() != 1) return std::nullopt;
     const FlatIndex& index = indices.front();
     const std::vector<const void*> parameters = decay->parameters.pointers();
-    if (!have_same_alignment(index, parameters)) return std::nullopt;
     const Decay added = {decay->factor, parameters.data()};
     const Queue queue(tensors);
-    cuda::Plan plan;
-    const cudaError_t error = cuda::make_plan(index, &added, &plan);
-    if (error == cudaErrorNotSupported) return std::nullopt;
-    check(error);
-    return norms_of(queue, tensors, index.tensors(), plan, kind, precision);
+    const std::optional<cuda::Plan> plan = decaying_plan(index, added, parameters);
+    if (!plan) return std::nullopt;
+    return norms_of(queue, tensors, index.tensors(), *plan, kind, precision);
   }
 
   void scale(const TensorList& tensors, const Scalar& coefficient) const override {
@@ -285,6 +304,34 @@ class CudaEngine final : public Engine {
     const Queue queue(tensors);
     write(tensors,
           [&](const cuda::Plan& plan) { return cuda::clamp(plan, bound, queue.stream()); });
+  }
+
+  // In the kernel that also measures, which reads no more memory; what it finds is dropped.
+  bool add_weight_decay(const TensorList& tensors, const WeightDecay& decay) const override {
+    const FlatIndex index = tensors.index_for_writing();
+    const std::vector<const void*> parameters = decay.parameters.pointers();
+    const Decay added = {decay.factor, parameters.data()};
+    const Queue queue(tensors);
+    const std::optional<cuda::Plan> plan = decaying_plan(index, added, parameters);
+    if (!plan) return false;
+    const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan->partials(), 1));
+    const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan->slots(), 1));
+    check(cuda::power_sums(*plan, Norm::kInf, Precision::kFloat32,
+                           static_cast<double*>(partials.get()), static_cast<double*>(slots.get()),
+                           queue.stream()));
+    return true;
+  }
+
+  std::optional<at::Tensor> clip_units(const TensorList& tensors, const TensorList& parameters,
+                                       const UnitLimit& limit) const override {
+    const std::vector<Rows> rows = rows_of(tensors, parameters);
+    if (rows.empty() || std::any_of(rows.begin(), rows.end(), is_long)) return std::nullopt;
+    const Queue queue(tensors);
+    cuda::RowsPlan plan;
+    check(cuda::make_plan(rows, &plan));
+    const at::Tensor smallest = queue.empty(at::kDouble, {plan.workers()});
+    check(cuda::clip_rows(plan, limit, smallest.mutable_data_ptr<double>(), queue.stream()));
+    return smallest.min();
   }
 };
 

@@ -9,6 +9,7 @@
 
 #include "binding/tensor_list.h"
 #include "core/norm.h"
+#include "core/units.h"
 
 namespace gradclip::binding {
 
@@ -38,7 +39,7 @@ struct Norms {
   at::Tensor each;
 };
 
-// Weight decay to add to the gradients in the measuring pass.
+// Weight decay to add to the gradients.
 struct WeightDecay {
   double factor;
   // With the dtypes, shapes and strides of the gradients.
@@ -76,6 +77,17 @@ class Engine {
 
   // Limits every element to [-bound, bound].
   virtual void clamp(const TensorList& tensors, double bound) const = 0;
+
+  // The decay alone, to the bit as torch's add_ does on that device; no gradient shares memory with
+  // another or with a parameter.
+  virtual bool add_weight_decay(const TensorList& tensors, const WeightDecay& decay) const = 0;
+
+  // Limits each row of each gradient relative to the same row of its parameter, and returns the
+  // smallest coefficient: 0-dim, in float64, on the tensors' device. Both lists have the same
+  // shapes, rows that are blocks, and no memory in common.
+  virtual std::optional<at::Tensor> clip_units(const TensorList& tensors,
+                                               const TensorList& parameters,
+                                               const UnitLimit& limit) const = 0;
 
  protected:
   ~Engine() = default;

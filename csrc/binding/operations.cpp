@@ -73,6 +73,11 @@ bool share_any_memory(const TensorList& gradients, const TensorList& parameters)
   return share_memory(FlatIndex(std::move(spans)));
 }
 
+// Whether the same pass over both can add a multiple of each parameter to its gradient.
+bool can_decay(const TensorList& gradients, const TensorList& parameters) {
+  return same_layout(gradients, parameters) && !share_any_memory(gradients, parameters);
+}
+
 }  // namespace
 
 std::optional<at::Tensor> clip_grad_norm_(const TensorList& gradients, const Scalar& max_norm,
@@ -114,10 +119,8 @@ std::optional<Norms> grad_norms(const TensorList& gradients, Norm kind,
   const Access access = decay == nullptr ? Access::kRead : Access::kWrite;
   return run("gradclip_ext::grad_norms", access, gradients,
              [&](const Engine& engine) -> std::optional<Norms> {
-               if (decay != nullptr && (!same_layout(gradients, decay->parameters) ||
-                                        share_any_memory(gradients, decay->parameters))) {
+               if (decay != nullptr && !can_decay(gradients, decay->parameters))
                  return std::nullopt;
-               }
                return engine.norms(gradients, kind, precision, decay);
              });
 }
@@ -142,6 +145,36 @@ std::optional<int64_t> clamp_(const TensorList& tensors, double bound) {
     engine.clamp(tensors, bound);
     return count_of(tensors);
   });
+}
+
+std::optional<int64_t> add_weight_decay_(const TensorList& gradients, const WeightDecay& decay) {
+  return run("gradclip_ext::add_weight_decay_", Access::kWrite, gradients,
+             [&](const Engine& engine) -> std::optional<int64_t> {
+               const bool takes = can_decay(gradients, decay.parameters) &&
+                                  engine.add_weight_decay(gradients, decay);
+               return takes ? count_of(gradients) : std::nullopt;
+             });
+}
+
+std::optional<at::Tensor> clip_units_(const TensorList& gradients, const TensorList& parameters,
+                                      const UnitLimit& limit) {
+  return run("gradclip_ext::clip_units_", Access::kWrite, gradients,
+             [&](const Engine& engine) -> std::optional<at::Tensor> {
+               if (!have_clippable_units(gradients, parameters)) return std::nullopt;
+               return engine.clip_units(gradients, parameters, limit);
+             });
+}
+
+bool have_clippable_units(const TensorList& gradients, const TensorList& parameters) {
+  const std::vector<at::Tensor>& ours = gradients.tensors();
+  const std::vector<at::Tensor>& theirs = parameters.tensors();
+  return std::equal(ours.begin(), ours.end(), theirs.begin(), theirs.end(),
+                    [](const at::Tensor& gradient, const at::Tensor& parameter) {
+                      return gradient.device() == parameter.device() &&
+                             gradient.sizes() == parameter.sizes();
+                    }) &&
+         gradients.rows_are_blocks() && parameters.rows_are_blocks() &&
+         !share_any_memory(gradients, parameters);
 }
 
 at::Tensor power_sum(const TensorList& tensors, Norm kind) {

@@ -13,6 +13,7 @@
 #include "binding/engine.h"
 #include "binding/tensor_list.h"
 #include "core/norm.h"
+#include "core/units.h"
 
 namespace gradclip::binding {
 
@@ -48,6 +49,19 @@ std::optional<int64_t> scale_each_(const TensorList& tensors, const at::Tensor& 
 
 // Limits every element to [-bound, bound] in place.
 std::optional<int64_t> clamp_(const TensorList& tensors, double bound);
+
+// Adds the decay to the gradients, to the bit as torch's add_ does for real numbers. Declines where
+// grad_norms does, and what torch rounds in another way.
+std::optional<int64_t> add_weight_decay_(const TensorList& gradients, const WeightDecay& decay);
+
+// Limits each row of each gradient relative to the same row of its parameter; returns the smallest
+// coefficient. Declines what have_clippable_units refuses.
+std::optional<at::Tensor> clip_units_(const TensorList& gradients, const TensorList& parameters,
+                                      const UnitLimit& limit);
+
+// Whether all gradients have the shapes of their parameters, rows that are blocks of memory, and
+// memory of their own.
+bool have_clippable_units(const TensorList& gradients, const TensorList& parameters);
 
 // Sum of |x|^p over all tensors, or their largest magnitude for the infinity norm: 0-dim, in
 // float64, on their device.

@@ -23,6 +23,12 @@ bool gather_native(py::handle sequence, Read read, TensorList* tensors) {
   return !observed() && gather(sequence.ptr(), read, tensors) && !tensors->tensors().empty();
 }
 
+// The gradients, and the parameters that have one.
+bool gather_pairs(py::handle parameters, TensorList* gradients, TensorList* with_gradients) {
+  return gather_native(parameters, Read::kGrads, gradients) &&
+         gather_native(parameters, Read::kParametersWithGrads, with_gradients);
+}
+
 // A Python number, or a one-element tensor on the tensors' GPU; nullopt for what only the fallback
 // can read.
 std::optional<Scalar> read_scalar(py::handle number, const TensorList& tensors) {
@@ -153,6 +159,30 @@ py::object scale_each_(py::handle parameters, py::handle coefficients) {
                     values.numel() == gradients.listed() && values.device() == gradients.device();
   if (!fits) return py::none();
   return wrapped_or_none(without_gil([&] { return binding::scale_each_(gradients, values); }));
+}
+
+py::object add_weight_decay_(py::handle parameters, double weight_decay) {
+  // Torch adds complex numbers with other roundings than pairs of reals.
+  TensorList gradients(/*accept_complex=*/false);
+  TensorList decayed(/*accept_complex=*/false);
+  if (!gather_pairs(parameters, &gradients, &decayed)) return py::none();
+  const WeightDecay decay = {weight_decay, decayed};
+  return wrapped_or_none(without_gil([&] { return binding::add_weight_decay_(gradients, decay); }));
+}
+
+py::object clip_units_(py::handle parameters, double clip_factor, double eps) {
+  TensorList gradients(/*accept_complex=*/true);
+  TensorList weights(/*accept_complex=*/true);
+  if (!gather_pairs(parameters, &gradients, &weights)) return py::none();
+  return wrapped_or_none(
+      without_gil([&] { return binding::clip_units_(gradients, weights, {clip_factor, eps}); }));
+}
+
+bool have_clippable_units(py::handle parameters) {
+  TensorList gradients(/*accept_complex=*/true);
+  TensorList weights(/*accept_complex=*/true);
+  return gather_pairs(parameters, &gradients, &weights) &&
+         binding::have_clippable_units(gradients, weights);
 }
 
 py::object power_sum(py::handle tensors, double norm_type) {

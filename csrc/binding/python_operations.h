@@ -22,6 +22,10 @@ py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
                       double weight_decay);
 py::object scale_(py::handle parameters, py::handle coefficient);
 py::object scale_each_(py::handle parameters, py::handle coefficients);
+py::object add_weight_decay_(py::handle parameters, double weight_decay);
+py::object clip_units_(py::handle parameters, double clip_factor, double eps);
+// Whether clip_units_ would look no further for a reason to decline.
+bool have_clippable_units(py::handle parameters);
 
 // The primitives take native, flat tensors of one device, as sorted by the fallback, and raise
 // instead of declining.

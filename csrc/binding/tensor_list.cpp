@@ -22,6 +22,13 @@ const c10::DispatchKeySet kTransparentKeys =
     c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate,
                          c10::DispatchKey::Negative});
 
+Span span_of(const at::Tensor& tensor, void* data) {
+  const int64_t reals_per_element = c10::isComplexType(tensor.scalar_type()) ? 2 : 1;
+  return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
+}
+
+int64_t row_count(const at::Tensor& tensor) { return tensor.dim() > 1 ? tensor.size(0) : 1; }
+
 bool is_engines(c10::DispatchKeySet keys) {
   if (keys == c10::DispatchKeySet(c10::DispatchKey::CPU)) return true;
 #if GRADCLIP_WITH_CUDA
@@ -223,11 +230,32 @@ std::vector<FlatIndex> TensorList::disjoint_indices_for_writing() const {
   return {index};
 }
 
+bool TensorList::rows_are_blocks() const {
+  // All are dense: if the first dimension steps over the other ones' elements, it is the outermost.
+  return std::all_of(tensors_.begin(), tensors_.end(), [](const at::Tensor& tensor) {
+    return tensor.numel() == 0 || row_count(tensor) == 1 ||
+           tensor.stride(0) * row_count(tensor) == tensor.numel();
+  });
+}
+
 void TensorList::bump_versions() const {
   for (const at::Tensor& tensor : tensors_) {
     // Inference tensors have no version.
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
+}
+
+std::vector<Rows> rows_of(const TensorList& gradients, const TensorList& parameters) {
+  const FlatIndex written = gradients.index_for_writing();
+  const FlatIndex weights = parameters.index_for_reading();
+  std::vector<Rows> result;
+  result.reserve(written.spans().size());
+  for (const at::Tensor& gradient : gradients.tensors()) {
+    if (gradient.numel() == 0) continue;
+    const size_t i = result.size();
+    result.push_back({written.spans()[i], weights.spans()[i], row_count(gradient)});
+  }
+  return result;
 }
 
 }  // namespace gradclip::binding

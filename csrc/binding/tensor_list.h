@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/flat_index.h"
+#include "core/units.h"
 
 namespace gradclip::binding {
 
@@ -103,6 +104,10 @@ class TensorList {
   // The first element of each tensor that is not empty, for reading.
   std::vector<const void*> pointers() const;
 
+  // Whether each row of each tensor, by its first dimension, is one contiguous block of memory. A
+  // tensor of fewer than two dimensions is a single row.
+  bool rows_are_blocks() const;
+
   // As every in-place operation does, so that autograd notices the change.
   void bump_versions() const;
 
@@ -119,5 +124,9 @@ class TensorList {
   mutable FlatIndex index_;
   at::ScalarType norm_dtype_ = at::ScalarType::Undefined;
 };
+
+// The rows of the gradients that are not empty, for writing, and of their parameters, which have
+// the same shapes and rows that are blocks.
+std::vector<Rows> rows_of(const TensorList& gradients, const TensorList& parameters);
 
 }  // namespace gradclip::binding

@@ -37,6 +37,11 @@ struct Kernels {
   // Clamps each element to [-bound, bound] in place; NaN stays NaN.
   void (*clamp)(const Span& run, double bound);
   void (*clamp_streams)(const Span* runs, double bound);
+  // Sum of squares of each of `count` rows of equal length that make up the run, good for a result
+  // in float32.
+  void (*row_sums)(const Span& run, int64_t count, double* sums);
+  // Multiplies each such row in place by its own coefficient; 1 writes nothing.
+  void (*scale_rows)(const Span& run, int64_t count, const double* coefficients);
 };
 
 extern const Kernels kPortableKernels;

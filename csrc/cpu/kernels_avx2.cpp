@@ -29,8 +29,9 @@ constexpr int kVectorBytes = 32;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",     power_sums, power_sums_of_streams, scale, scale_streams,
-                              add_scaled, clamp,      clamp_streams};
+const Kernels kAvx2Kernels = {
+    "avx2",     power_sums, power_sums_of_streams, scale,    scale_streams,
+    add_scaled, clamp,      clamp_streams,         row_sums, scale_rows};
 
 }  // namespace gradclip::cpu
 #endif

@@ -29,8 +29,9 @@ constexpr int kVectorBytes = 64;
 #pragma GCC pop_options
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512",   power_sums, power_sums_of_streams, scale, scale_streams,
-                                add_scaled, clamp,      clamp_streams};
+const Kernels kAvx512Kernels = {
+    "avx512",   power_sums, power_sums_of_streams, scale,    scale_streams,
+    add_scaled, clamp,      clamp_streams,         row_sums, scale_rows};
 
 }  // namespace gradclip::cpu
 #endif

@@ -14,25 +14,29 @@ constexpr int64_t kTwoVectors = 2 * kFloats;
 template <>
 constexpr int64_t kTwoVectors<double> = 2 * kDoubles;
 
-// Calls work(stream, values) for kChunk elements after another of kStreams runs side by side. A
-// load that follows a store to the same offset in another page waits for it, so the streams are
-// kept a fraction of a page apart: each starts that far into its run, and its beginning comes last.
+// Calls work(stream, values) for kChunk elements after another of kStreams runs side by side, which
+// take turns. A load that follows a store to the same offset in another page waits for it, so the
+// streams are kept a fraction of a page apart: each starts that far into its run, and its beginning
+// comes last.
 template <int64_t kChunk, class Element, class Work>
 GRADCLIP_INLINE void for_streams(Element* const* runs, int64_t count, const Work& work) {
   constexpr uintptr_t kPage = 4096;
-  constexpr uintptr_t kChunkBytes = kChunk * sizeof(Element);
+  constexpr uintptr_t kTurnBytes = 512;
+  constexpr int64_t kTurn = kTurnBytes / sizeof(Element);
   int64_t places[kStreams];
   for (int64_t stream = 0; stream < kStreams; ++stream) {
     const uintptr_t apart =
         reinterpret_cast<uintptr_t>(runs[stream]) - reinterpret_cast<uintptr_t>(runs[0]);
     const uintptr_t skew = (static_cast<uintptr_t>(stream) * (kPage / kStreams) - apart) % kPage;
-    places[stream] = static_cast<int64_t>(skew / kChunkBytes) * kChunk;
+    places[stream] = static_cast<int64_t>(skew / kTurnBytes) * kTurn;
   }
-  for (int64_t done = 0; done < count; done += kChunk) {
+  for (int64_t done = 0; done < count; done += kTurn) {
 #pragma GCC unroll 4
     for (int64_t stream = 0; stream < kStreams; ++stream) {
-      work(stream, runs[stream] + places[stream]);
-      places[stream] += kChunk;
+      Element* values = runs[stream] + places[stream];
+#pragma GCC unroll 8
+      for (int64_t at = 0; at < kTurn; at += kChunk) work(stream, values + at);
+      places[stream] += kTurn;
       if (places[stream] == count) places[stream] = 0;
     }
   }
@@ -105,24 +109,33 @@ void scale_values_of_streams(Element* const* values, int64_t count, const double
 }
 
 template <class Element>
-void add_scaled_values(Element* values, const Element* others, int64_t count, double factor) {
-  const float float_factor = static_cast<float>(factor);
-  int64_t i = 0;
-  for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
-    const TwoFloats two = load_two(values + i);
-    const TwoFloats other = load_two(others + i);
-    store_two({two.first + other.first * float_factor, two.second + other.second * float_factor},
-              values + i);
-  }
-  for (; i < count; ++i) narrow(widen(values[i]) + widen(others[i]) * float_factor, values + i);
+GRADCLIP_INLINE void add_scaled_two(Element* values, const Element* others, float factor) {
+  const TwoFloats two = load_two(values);
+  const TwoFloats other = load_two(others);
+  store_two({two.first + other.first * factor, two.second + other.second * factor}, values);
 }
 
-void add_scaled_values(double* values, const double* others, int64_t count, double factor) {
+GRADCLIP_INLINE void add_scaled_two(double* values, const double* others, double factor) {
+  store(load(values) + load(others) * factor, values);
+  store(load(values + kDoubles) + load(others + kDoubles) * factor, values + kDoubles);
+}
+
+template <class Element>
+GRADCLIP_INLINE void add_scaled_one(Element* value, Element other, float factor) {
+  narrow(widen(*value) + widen(other) * factor, value);
+}
+
+GRADCLIP_INLINE void add_scaled_one(double* value, double other, double factor) {
+  *value += other * factor;
+}
+
+template <class Element>
+void add_scaled_values(Element* values, const Element* others, int64_t count, double factor) {
+  const auto own_factor = factor_of(factor, values);
+  constexpr int64_t kTwo = kTwoVectors<Element>;
   int64_t i = 0;
-  for (; i + kDoubles <= count; i += kDoubles) {
-    store(load(values + i) + load(others + i) * factor, values + i);
-  }
-  for (; i < count; ++i) values[i] += others[i] * factor;
+  for (; i + kTwo <= count; i += kTwo) add_scaled_two(values + i, others + i, own_factor);
+  for (; i < count; ++i) add_scaled_one(values + i, others[i], own_factor);
 }
 
 // A bound in the form that elements are compared with. Keeps NaN, since comparisons with it are
@@ -279,4 +292,87 @@ void clamp(const Span& run, double bound) {
 void clamp_streams(const Span* runs, double bound) {
   with_streams(runs,
                [&](auto* const* values) { clamp_values_of_streams(values, runs[0].numel, bound); });
+}
+
+// Rows that are too short for chains of additions: loaded as they are, without a copy of their
+// end, and added up in float64, whose range needs no check.
+template <class Element>
+GRADCLIP_INLINE double short_sum_of_squares(const Element* values, int64_t count) {
+  Doubles first = {};
+  Doubles second = {};
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    const TwoDoubles widened = load_widened(values + i);
+    first += widened.first * widened.first;
+    second += widened.second * widened.second;
+  }
+  double even = 0.0;
+  double odd = 0.0;
+  if (i > 0) {
+    double lanes[kDoubles];
+    store(first + second, lanes);
+    for (int64_t lane = 0; lane < kDoubles; lane += 2) {
+      even += lanes[lane];
+      odd += lanes[lane + 1];
+    }
+  }
+  for (; i + 2 <= count; i += 2) {
+    const double value = widen(values[i]);
+    const double next = widen(values[i + 1]);
+    even += value * value;
+    odd += next * next;
+  }
+  if (i < count) {
+    const double value = widen(values[i]);
+    even += value * value;
+  }
+  return even + odd;
+}
+
+template <class Element>
+GRADCLIP_INLINE double sum_of_squares(const Element* values, int64_t count) {
+  constexpr int64_t kShort = 8 * kFloats;
+  if (count < kShort) return short_sum_of_squares(values, count);
+  double result;
+  sums<Norm::kL2, 1>(&values, count, Precision::kFloat32, &result);
+  return result;
+}
+
+GRADCLIP_INLINE double sum_of_squares(const double* values, int64_t count) {
+  double result;
+  sums<Norm::kL2, 1>(&values, count, Precision::kFloat64, &result);
+  return result;
+}
+
+// Bytes of a row that are added up at once, while as many that follow are fetched: rows are too
+// short for the streams of a long run.
+constexpr int64_t kCacheLineBytes = 64;
+constexpr int64_t kRowPieceBytes = 4 * 1024;
+
+void row_sums(const Span& run, int64_t count, double* sums) {
+  const int64_t length = run.numel / count;
+  with_elements(run, [&](const auto* values) {
+    constexpr int64_t kPiece = kRowPieceBytes / static_cast<int64_t>(sizeof(*values));
+    constexpr int64_t kLine = kCacheLineBytes / static_cast<int64_t>(sizeof(*values));
+    for (int64_t row = 0; row < count; ++row) {
+      double total = 0.0;
+      for (int64_t begin = 0; begin < length; begin += kPiece) {
+        const auto* piece = values + row * length + begin;
+        const int64_t numel = std::min(kPiece, length - begin);
+        for (int64_t i = 0; i < numel; i += kLine) __builtin_prefetch(piece + kPiece + i);
+        total += sum_of_squares(piece, numel);
+      }
+      sums[row] = total;
+    }
+  });
+}
+
+void scale_rows(const Span& run, int64_t count, const double* coefficients) {
+  const int64_t length = run.numel / count;
+  with_elements(run, [&](auto* values) {
+    for (int64_t row = 0; row < count; ++row) {
+      if (coefficients[row] == 1.0) continue;
+      scale_values(values + row * length, length, coefficients[row]);
+    }
+  });
 }

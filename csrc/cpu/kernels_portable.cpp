@@ -19,8 +19,8 @@ constexpr int kVectorBytes = 16;
 #include "cpu/kernels_body.h"
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", power_sums,    power_sums_of_streams,
-                                  scale,      scale_streams, add_scaled,
-                                  clamp,      clamp_streams};
+const Kernels kPortableKernels = {
+    "portable", power_sums, power_sums_of_streams, scale,    scale_streams,
+    add_scaled, clamp,      clamp_streams,         row_sums, scale_rows};
 
 }  // namespace gradclip::cpu

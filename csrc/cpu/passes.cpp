@@ -19,23 +19,76 @@ std::array<Span, kStreams> parts_at(const Cursors& cursors, int64_t tiles) {
           cursors[3].part(tiles)};
 }
 
+const void* behind(const void* start, int64_t bytes) {
+  return static_cast<const char*>(start) + bytes;
+}
+
+// The parameter's elements that belong to a run of this tensor.
+const void* decayed_by(const FlatIndex& index, const Decay& decay, int64_t tensor,
+                       const Span& run) {
+  const void* start = index.spans()[static_cast<size_t>(tensor)].data;
+  return behind(decay.parameters[tensor],
+                static_cast<const char*>(run.data) - static_cast<const char*>(start));
+}
+
+// Rows that are measured, and then scaled, together: few enough to stay in cache.
+constexpr int64_t kRowsAtOnce = 128;
+constexpr int64_t kRowBytesAtOnce = 64 * 1024;
+
+// `rows` of them, from `first` on; `length` is the number of elements in a row.
+Span part_of_rows(const Span& all, int64_t length, int64_t first, int64_t rows) {
+  return {static_cast<char*>(all.data) + first * length * element_size(all.dtype), rows * length,
+          all.dtype};
+}
+
+// The rows that begin in these bytes of the gradient.
+Range rows_within(const Rows& rows, Range bytes) {
+  const int64_t row_bytes = rows.gradient_row() * element_size(rows.gradient.dtype);
+  return {std::min((bytes.begin + row_bytes - 1) / row_bytes, rows.count),
+          std::min((bytes.end + row_bytes - 1) / row_bytes, rows.count)};
+}
+
+// Returns the smallest coefficient.
+double clip_some_rows(const Kernels& kernel, const Rows& rows, Range range,
+                      const UnitLimit& limit) {
+  const int64_t length = rows.gradient_row();
+  const int64_t weights_length = rows.weights_row();
+  const int64_t row_bytes = length * element_size(rows.gradient.dtype);
+  const int64_t most = std::clamp<int64_t>(kRowBytesAtOnce / row_bytes, 1, kRowsAtOnce);
+  double smallest = 1.0;
+  for (int64_t first = range.begin; first < range.end; first += most) {
+    const int64_t count = std::min(most, range.end - first);
+    const Span gradient = part_of_rows(rows.gradient, length, first, count);
+    double weight_sums[kRowsAtOnce];
+    double sums[kRowsAtOnce];
+    double coefficients[kRowsAtOnce];
+    kernel.row_sums(part_of_rows(rows.weights, weights_length, first, count), count, weight_sums);
+    kernel.row_sums(gradient, count, sums);
+    double smallest_here = 1.0;
+    for (int64_t row = 0; row < count; ++row) {
+      coefficients[row] = limit.coefficient(unit_norm(weight_sums[row], rows.weights.dtype),
+                                            unit_norm(sums[row], rows.gradient.dtype));
+      smallest_here = std::min(smallest_here, coefficients[row]);
+    }
+    if (smallest_here < 1.0) kernel.scale_rows(gradient, count, coefficients);
+    smallest = std::min(smallest, smallest_here);
+  }
+  return smallest;
+}
+
 }  // namespace
 
 void power_sums(const FlatIndex& index, Norm kind, Precision precision, const Decay* decay,
                 Range tiles, double* sums) noexcept {
   const Kernels& kernel = kernels();
   if (decay != nullptr) {
-    // A few tiles at a time, so that what was written is measured while it is in cache.
-    for (Cursor cursor(index, tiles); !cursor.is_done();) {
-      const int64_t count = std::min(cursor.tiles(), kDecayTiles);
+    // A few tiles at a time, so that what was written is measured while it is in cache. Not in
+    // streams: whether loads of parameters wait for stores to gradients is up to their addresses.
+    walk_one(Cursor(index, tiles), kDecayTiles, [&](const Cursor& cursor, int64_t count) {
       const Span run = cursor.part(count);
-      const Span& whole = index.spans()[static_cast<size_t>(cursor.tensor())];
-      const int64_t offset = static_cast<char*>(run.data) - static_cast<char*>(whole.data);
-      const void* parameter = decay->parameters[cursor.tensor()];
-      kernel.add_scaled(run, static_cast<const char*>(parameter) + offset, decay->factor);
+      kernel.add_scaled(run, decayed_by(index, *decay, cursor.tensor(), run), decay->factor);
       kernel.power_sums(kind, precision, run, sums + cursor.tile());
-      cursor.advance(count);
-    }
+    });
     return;
   }
   walk_forward(
@@ -125,6 +178,32 @@ void clamp(const FlatIndex& index, double bound, Range tiles) noexcept {
       [&](const Cursors& cursors, int64_t count) {
         kernel.clamp_streams(parts_at(cursors, count).data(), bound);
       });
+}
+
+void add_decay(const FlatIndex& index, const Decay& decay, Range tiles) noexcept {
+  const Kernels& kernel = kernels();
+  const auto add_one = [&](const Cursor& cursor, int64_t count) {
+    const Span run = cursor.part(count);
+    kernel.add_scaled(run, decayed_by(index, decay, cursor.tensor(), run), decay.factor);
+  };
+  walk_backward(index, tiles, add_one, [&](const Cursors& cursors, int64_t count) {
+    for (const Cursor& cursor : cursors) add_one(cursor, count);
+  });
+}
+
+double clip_rows(const FlatIndex& index, const Rows* rows, const UnitLimit& limit,
+                 Range tiles) noexcept {
+  const Kernels& kernel = kernels();
+  double smallest = 1.0;
+  for (int64_t tensor = index.tensor_of(tiles.begin);
+       tensor < index.tensors() && index.first_tile(tensor) < tiles.end; ++tensor) {
+    const int64_t first = index.first_tile(tensor);
+    const Range bytes = {(std::max(tiles.begin, first) - first) * kTileBytes,
+                         (std::min(tiles.end, index.end_tile(tensor)) - first) * kTileBytes};
+    const Range own = rows_within(rows[tensor], bytes);
+    smallest = std::min(smallest, clip_some_rows(kernel, rows[tensor], own, limit));
+  }
+  return smallest;
 }
 
 }  // namespace gradclip::cpu

@@ -9,6 +9,7 @@
 #include "core/decay.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
+#include "core/units.h"
 
 namespace gradclip::cpu {
 
@@ -31,5 +32,14 @@ void scale(const FlatIndex& index, double coefficient, Range tiles) noexcept;
 void scale_each(const FlatIndex& index, const double* coefficients, Range tiles) noexcept;
 
 void clamp(const FlatIndex& index, double bound, Range tiles) noexcept;
+
+// Adds a multiple of its parameter to each gradient.
+void add_decay(const FlatIndex& index, const Decay& decay, Range tiles) noexcept;
+
+// Limits each row of each gradient; `rows` has an entry for each tensor of the index. A thread
+// takes the rows that begin in its tiles, and a row is measured and scaled while it is in cache.
+// Returns the smallest coefficient, at most 1.
+double clip_rows(const FlatIndex& index, const Rows* rows, const UnitLimit& limit,
+                 Range tiles) noexcept;
 
 }  // namespace gradclip::cpu

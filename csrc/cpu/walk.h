@@ -74,11 +74,14 @@ inline std::array<Range, kStreams> parts_of(Range tiles) {
   return parts;
 }
 
-// Calls visit_one(cursor, tiles) for what is left at a cursor.
+// Of tiles visited at a time.
+inline constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
+
+// Calls visit_one(cursor, tiles) for what is left at a cursor, at most `most` tiles at a time.
 template <class VisitOne>
-void walk_one(Cursor cursor, const VisitOne& visit_one) {
+void walk_one(Cursor cursor, int64_t most, const VisitOne& visit_one) {
   while (!cursor.is_done()) {
-    const int64_t tiles = cursor.tiles();
+    const int64_t tiles = std::min(cursor.tiles(), most);
     visit_one(cursor, tiles);
     cursor.advance(tiles);
   }
@@ -89,7 +92,7 @@ void walk_one(Cursor cursor, const VisitOne& visit_one) {
 template <class VisitOne, class VisitStreams>
 void walk_streams(Cursors cursors, const VisitOne& visit_one, const VisitStreams& visit_streams) {
   for (;;) {
-    int64_t together = std::numeric_limits<int64_t>::max();
+    int64_t together = kAnyNumber;
     bool same_dtype = true;
     for (Cursor& cursor : cursors) {
       while (!cursor.is_done() && cursor.full_tiles() <= 0) {
@@ -111,7 +114,7 @@ void walk_streams(Cursors cursors, const VisitOne& visit_one, const VisitStreams
     }
     for (Cursor& cursor : cursors) cursor.advance(together);
   }
-  for (const Cursor& cursor : cursors) walk_one(cursor, visit_one);
+  for (const Cursor& cursor : cursors) walk_one(cursor, kAnyNumber, visit_one);
 }
 
 // The order of measuring: forward.
@@ -119,7 +122,7 @@ template <class VisitOne, class VisitStreams>
 void walk_forward(const FlatIndex& index, Range tiles, const VisitOne& visit_one,
                   const VisitStreams& visit_streams) {
   if (tiles.end - tiles.begin < kFewestTilesForStreams) {
-    walk_one(Cursor(index, tiles), visit_one);
+    walk_one(Cursor(index, tiles), kAnyNumber, visit_one);
     return;
   }
   walk_streams(cursors_of(index, parts_of(tiles)), visit_one, visit_streams);
@@ -132,7 +135,7 @@ template <class VisitOne, class VisitStreams>
 void walk_backward(const FlatIndex& index, Range tiles, const VisitOne& visit_one,
                    const VisitStreams& visit_streams) {
   if (tiles.end - tiles.begin < kFewestTilesForStreams) {
-    walk_one(Cursor(index, tiles), visit_one);
+    walk_one(Cursor(index, tiles), kAnyNumber, visit_one);
     return;
   }
   std::array<Range, kStreams> parts = parts_of(tiles);

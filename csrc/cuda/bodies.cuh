@@ -12,6 +12,7 @@
 //   slot     that of a segment, at slots[tensor + worker]
 #pragma once
 
+#include "core/units.h"
 #include "cuda/clip.h"
 #include "cuda/segments.cuh"
 #include "cuda/table.h"
@@ -271,6 +272,50 @@ __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Pr
       table, 0, nullptr,
       [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, precision, sums); });
   scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
+}
+
+// The norm of one row, in the first thread.
+template <int kThreads>
+__device__ __forceinline__ double row_norm(const void* rows, uint64_t packed_row, int64_t row) {
+  const int64_t numel = numel_of(packed_row);
+  const DType dtype = dtype_of(packed_row);
+  char* data = static_cast<char*>(const_cast<void*>(rows)) + row * numel * element_size(dtype);
+  Sums<Norm::kL2, false> sums = {Accumulator<Norm::kL2>::zero(), Accumulator<Norm::kL2>::zero()};
+  with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) {
+    measure<Norm::kL2>(segment, Precision::kFloat32, &sums);
+  });
+  return unit_norm(block_total<kThreads>(sums.total).value(), dtype);
+}
+
+// Unit-wise clipping: a block measures one row of a parameter and of its gradient, and scales that,
+// while both are in cache; then the next one. Each worker leaves its smallest coefficient.
+template <int kThreads, class AnyTable>
+__device__ __forceinline__ void clip_rows_body(const AnyTable& table, const UnitLimit& limit,
+                                               double* smallest) {
+  __shared__ double coefficient;
+  const int worker = static_cast<int>(blockIdx.x);
+  double own_smallest = 1.0;
+#pragma unroll 1
+  for (int64_t row = worker; row < table.rows; row += table.workers) {
+    const int tensor = static_cast<int>(find_tensor(table.first_row, table.tensors, row));
+    const int64_t row_of_tensor = row - table.first_row[tensor];
+    const uint64_t packed = table.gradient_row[tensor];
+    const double weights_norm =
+        row_norm<kThreads>(table.weights[tensor], table.weights_row[tensor], row_of_tensor);
+    const double norm = row_norm<kThreads>(table.gradients[tensor], packed, row_of_tensor);
+    if (threadIdx.x == 0) {
+      coefficient = limit.coefficient(weights_norm, norm);
+      own_smallest = coefficient < own_smallest ? coefficient : own_smallest;
+    }
+    // The barriers of the next row's norms keep its coefficient from being written too early.
+    __syncthreads();
+    if (coefficient == 1.0) continue;
+    const DType dtype = dtype_of(packed);
+    char* data = static_cast<char*>(table.gradients[tensor]);
+    data += row_of_tensor * numel_of(packed) * element_size(dtype);
+    scale_segment<kThreads>(data, numel_of(packed), dtype, coefficient);
+  }
+  if (threadIdx.x == 0) smallest[table.first_worker + worker] = own_smallest;
 }
 
 // For a call that only measures: stores the power sum, the norm in the result's dtype, or both.

@@ -16,6 +16,8 @@ template <class AnyTable>
 inline constexpr int kResident = AnyTable::kDecays ? 4 : kResidentBlocks;
 // More threads if there is only one block.
 inline constexpr int kThreadsOfOneBlock = 512;
+// Fewer for a row, which often has no more than a thousand elements.
+inline constexpr int kThreadsOfRow = 128;
 
 // From here on tables are passed by reference and never copied or captured by value: that would
 // move them from the constant bank to the stack.
@@ -43,6 +45,12 @@ template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     clamp_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, double bound) {
   clamp_body<kThreads>(table, bound);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreadsOfRow)
+    clip_rows_kernel(GRADCLIP_GRID_CONSTANT(AnyTable) table, UnitLimit limit, double* smallest) {
+  clip_rows_body<kThreadsOfRow>(table, limit, smallest);
 }
 
 template <Norm kNorm, class AnyTable>

@@ -11,6 +11,8 @@ namespace {
 // Workers, and so blocks, per multiprocessor: as many as stay resident. An estimate, not yet
 // measured on a GPU.
 constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
+// The same for smaller blocks, which clip rows.
+constexpr int64_t kRowWorkersPerMultiprocessor = 8;
 
 // Queried once per device.
 struct DeviceProperties {
@@ -163,6 +165,23 @@ cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream) {
     using AnyTable = std::decay_t<decltype(table)>;
     return launch_kernel(&clamp_kernel<AnyTable>, table.workers, kThreads, stream, false, table,
                          bound);
+  });
+}
+
+cudaError_t make_plan(const std::vector<Rows>& rows, RowsPlan* plan) {
+  DeviceProperties properties;
+  const cudaError_t error = properties_of_current_device(&properties);
+  if (error != cudaSuccess) return error;
+  *plan = RowsPlan(rows, kRowsTable, kRowWorkersPerMultiprocessor * properties.multiprocessors);
+  return cudaSuccess;
+}
+
+cudaError_t clip_rows(const RowsPlan& plan, const UnitLimit& limit, double* smallest,
+                      cudaStream_t stream) {
+  return plan.for_tables<kRowsTable>([&](const auto& table) {
+    using AnyTable = std::decay_t<decltype(table)>;
+    return launch_kernel(&clip_rows_kernel<AnyTable>, table.workers, kThreadsOfRow, stream, false,
+                         table, limit, smallest);
   });
 }
 

@@ -6,10 +6,12 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "core/decay.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
+#include "core/units.h"
 #include "cuda/clip.h"
 #include "cuda/plan.h"
 
@@ -44,6 +46,13 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
 cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream);
 
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream);
+
+// A plan for the current device.
+cudaError_t make_plan(const std::vector<Rows>& rows, RowsPlan* plan);
+
+// Limits each row, and writes the smallest coefficient of each worker.
+cudaError_t clip_rows(const RowsPlan& plan, const UnitLimit& limit, double* smallest,
+                      cudaStream_t stream);
 
 // power_sums and scale in one launch, for a list that fits_one_block.
 cudaError_t clip_in_one_block(const Plan& plan, Precision precision, const Clip& clip,

@@ -8,6 +8,7 @@
 
 #include "core/decay.h"
 #include "core/flat_index.h"
+#include "core/units.h"
 #include "cuda/table.h"
 
 namespace gradclip::cuda {
@@ -111,6 +112,64 @@ auto for_decay_tables(const Plan& plan, const Work& work) {
   }
   return error;
 }
+
+// How a list of rows is cut into launches.
+class RowsPlan {
+ public:
+  RowsPlan() = default;
+
+  // With at most `capacity` tensors and `most_workers` workers per launch. `all` has to outlive the
+  // plan.
+  RowsPlan(const std::vector<Rows>& all, int64_t capacity, int64_t most_workers);
+
+  // The workers of all launches.
+  int64_t workers() const { return workers_; }
+
+  // Calls work(table) for each launch, until one answers with an error, which is whatever is not
+  // the zero of its type.
+  template <int kCapacity, class Work>
+  auto for_tables(const Work& work) const {
+    decltype(work(std::declval<const RowsTable<kCapacity>&>())) error{};
+    for (const Part& part : parts_) {
+      // Not initialized, as in with_table.
+      RowsTable<kCapacity> table;
+      fill(part, &table);
+      error = work(static_cast<const RowsTable<kCapacity>&>(table));
+      if (error != decltype(error){}) break;
+    }
+    return error;
+  }
+
+ private:
+  struct Part {
+    Range tensors;
+    int64_t rows;
+    int32_t workers;
+    int32_t first_worker;
+  };
+
+  template <int kCapacity>
+  void fill(const Part& part, RowsTable<kCapacity>* table) const {
+    table->rows = part.rows;
+    table->tensors = static_cast<int32_t>(part.tensors.end - part.tensors.begin);
+    table->workers = part.workers;
+    table->first_worker = part.first_worker;
+    int64_t row = 0;
+    for (int32_t i = 0; i < table->tensors; ++i) {
+      const Rows& rows = (*all_)[static_cast<size_t>(part.tensors.begin + i)];
+      table->gradients[i] = rows.gradient.data;
+      table->weights[i] = rows.weights.data;
+      table->gradient_row[i] = pack(rows.gradient_row(), rows.gradient.dtype);
+      table->weights_row[i] = pack(rows.weights_row(), rows.weights.dtype);
+      table->first_row[i] = row;
+      row += rows.count;
+    }
+  }
+
+  const std::vector<Rows>* all_ = nullptr;
+  std::vector<Part> parts_;
+  int64_t workers_ = 0;
+};
 
 // Whether one block alone should clip this list, in one launch.
 bool fits_one_block(const FlatIndex& index);

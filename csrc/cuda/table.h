@@ -37,6 +37,22 @@ struct DecayTable : Table<kCapacity> {
   double factor;
 };
 
+// Gradients and their parameters by rows: 40 bytes per tensor.
+template <int kCapacity>
+struct RowsTable {
+  void* gradients[kCapacity];
+  const void* weights[kCapacity];
+  // The number of elements in a row, with the dtype in the top byte.
+  uint64_t gradient_row[kCapacity];
+  uint64_t weights_row[kCapacity];
+  int64_t first_row[kCapacity];
+  int64_t rows;
+  int32_t tensors;
+  int32_t workers;
+  // The offset of this launch among all workers of a list that takes several launches.
+  int32_t first_worker;
+};
+
 inline constexpr int kDTypeShift = 56;
 
 GRADCLIP_HOST_DEVICE constexpr uint64_t pack(int64_t numel, DType dtype) {
@@ -59,5 +75,7 @@ inline constexpr int kMediumTable = 190;
 inline constexpr int kLargeTable = 1600;
 // Only where 32,764 bytes are allowed.
 inline constexpr int kLargeDecayTable = 1100;
+// Less than 4 KB.
+inline constexpr int kRowsTable = 100;
 
 }  // namespace gradclip::cuda

@@ -53,6 +53,7 @@ __all__ = [
     "floor",
     "get_total_norm",
     "grad_norms",
+    "have_native_units",
     "in_tensor",
     "isfinite",
     "known",
@@ -198,8 +199,15 @@ def add_weight_decay_(
     """See :func:`gradclip_ext.add_weight_decay_`; nothing where the condition does not hold."""
     if isinstance(condition, Tensor):
         by_hand.add_weight_decay_where_(parameters, weight_decay, condition, caller)
-    elif condition:
+    elif condition and not _added_natively(parameters, weight_decay):
         by_hand.add_weight_decay_(parameters, weight_decay, caller)
+
+
+def _added_natively(parameters: Sequence[Any], weight_decay: float) -> bool:
+    # The native engine does not look whether every dtype can hold the factor.
+    if compiling() or not 0.0 < weight_decay <= by_hand.LARGEST_NATIVE_FACTOR:
+        return False
+    return _C.add_weight_decay_(parameters, weight_decay) is not None
 
 
 def decayed_grad_norms(
@@ -226,7 +234,16 @@ def clip_units_(
     parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller
 ) -> Tensor | None:
     """See :func:`gradclip_ext.adaptive_clip_grad_`; gives the smallest coefficient."""
+    if not compiling():
+        smallest = _C.clip_units_(parameters, clip_factor, eps)
+        if smallest is not None:
+            return smallest
     return units.clip_units_(parameters, clip_factor, eps, caller)
+
+
+def have_native_units(parameters: Sequence[Any]) -> bool:
+    """Whether :func:`clip_units_` can refuse none of the gradients."""
+    return not compiling() and _C.have_clippable_units(parameters)
 
 
 def require_writable(

@@ -17,6 +17,7 @@
 #include "core/flat_index.h"
 #include "core/norm.h"
 #include "core/span.h"
+#include "core/units.h"
 #include "cpu/float16.h"
 #include "cpu/passes.h"
 
@@ -227,6 +228,7 @@ void test_bits(const std::vector<std::pair<int64_t, DType>>& shapes) {
     written([&](Range tiles) { cpu::scale(index, 1e-33, tiles); });
     written([&](Range tiles) { cpu::scale_each(index, coefficients.data(), tiles); });
     written([&](Range tiles) { cpu::clamp(index, 0.7, tiles); });
+    written([&](Range tiles) { cpu::add_decay(index, decay, tiles); });
     written([&](Range tiles) {
       std::vector<double> sums(static_cast<size_t>(index.tiles()));
       cpu::power_sums(index, Norm::kL2, Precision::kFloat32, &decay, tiles, sums.data());
@@ -330,6 +332,60 @@ void test_all_of_16_bits(const Format& format) {
   }
 }
 
+double norm_of_row(const Span& span, int64_t first, int64_t length) {
+  double sum = 0.0;  // exact: multiples of 1/64
+  for (int64_t i = first; i < first + length; ++i) sum += read(span, i) * read(span, i);
+  return unit_norm(sum, span.dtype);
+}
+
+// Each row is clipped once, by a coefficient of its own, whatever the number of threads; each
+// gradient gets its decay once, and nothing around it changes.
+void test_rows(const std::vector<std::pair<int64_t, DType>>& rows_of_shapes, int64_t length) {
+  std::vector<std::pair<int64_t, DType>> shapes;
+  for (const auto& [rows, dtype] : rows_of_shapes) shapes.push_back({rows * length, dtype});
+  const Lists weights = make(shapes);
+  const Lists original = make(shapes);
+  // A power of two, so that scaling is exact where all rows have the norm of their parameter's.
+  const UnitLimit limit = {0.25, 1e-3};
+  for (const int64_t threads : {1, 2, 3, 8}) {
+    const Lists gradients = make(shapes);
+    const FlatIndex index(gradients.spans);
+    std::vector<Rows> rows;
+    std::vector<const void*> parameters;
+    for (size_t t = 0; t < shapes.size(); ++t) {
+      rows.push_back({gradients.spans[t], weights.spans[t], rows_of_shapes[t].first});
+      parameters.push_back(weights.spans[t].data);
+    }
+    std::vector<double> smallest(static_cast<size_t>(index.tiles()), 1.0);
+    on_threads(index, threads, [&](Range range) {
+      smallest[static_cast<size_t>(range.begin)] = cpu::clip_rows(index, rows.data(), limit, range);
+    });
+    CHECK(*std::min_element(smallest.begin(), smallest.end()) == 0.25);
+    for (size_t t = 0; t < shapes.size(); ++t) {
+      for (int64_t first = 0; first < shapes[t].first; first += length) {
+        const double norm = norm_of_row(original.spans[t], first, length);
+        const double coefficient = norm > 0.25 * std::fmax(norm, 1e-3) ? 0.25 : 1.0;
+        for (int64_t i = first; i < first + length; ++i) {
+          CHECK(read(gradients.spans[t], i) == read(original.spans[t], i) * coefficient);
+        }
+      }
+    }
+    on_threads(index, threads,
+               [&](Range range) { cpu::add_decay(index, {0.5, parameters.data()}, range); });
+    for (size_t t = 0; t < shapes.size(); ++t) {
+      const Span& span = gradients.spans[t];
+      for (int64_t i = 0; i < span.numel; ++i) {
+        CHECK(read(span, i) == read(original.spans[t], i) * 0.75);
+      }
+      const Span all = {const_cast<char*>(gradients.memory[t].data()), span.numel + 2 * kGuard,
+                        span.dtype};
+      for (int64_t i = 0; i < kGuard; ++i) {
+        CHECK(read(all, i) == 100.0 && read(all, all.numel - 1 - i) == 100.0);
+      }
+    }
+  }
+}
+
 // Numbers whose squares, or which themselves, are subnormal or beyond the largest in float32.
 void test_far_from_one() {
   for (const int exponent : {-149, -140, -126, -75, 64, 100}) {
@@ -397,6 +453,18 @@ void test_any_twice() {
   }
 }
 
+void test_unit_limit() {
+  const UnitLimit limit = {0.5, 1e-3};
+  CHECK(limit.coefficient(2.0, 4.0) == 0.25);
+  CHECK(limit.coefficient(2.0, 1.0) == 1.0);
+  CHECK(limit.coefficient(0.0, 1.0) == 0.5 * 1e-3);
+  CHECK(limit.coefficient(2.0, kNaN) == 1.0);
+  CHECK(limit.coefficient(2.0, INFINITY) == 1.0);
+  CHECK(limit.coefficient(kNaN, 4.0) == 1.0);
+  CHECK(limit.coefficient(INFINITY, 4.0) == 1.0);
+  CHECK((UnitLimit{1e-9, 1e-3}).coefficient(0.0, 1e-7) == 1e-3 * 1e-9 / 1e-6);
+}
+
 void test_power_sum() {
   PowerSum sum(Norm::kL2);
   for (const double value : {1e16, 1.0, 1.0, -1e16}) sum.add(value);
@@ -437,6 +505,7 @@ int main() {
   gradclip::test_far_from_one();
   gradclip::test_decay();
   for (const gradclip::Format& format : gradclip::kFormats) gradclip::test_all_of_16_bits(format);
+  gradclip::test_unit_limit();
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
   for (const DType dtype : dtypes) {
     const int64_t tile = gradclip::tile_elements(dtype);
@@ -472,6 +541,11 @@ int main() {
   }
   gradclip::test_bits(mixed);
   gradclip::test_shared_memory();
+  for (const int64_t length : {1, 2, 9, 31, 130, 1030, 5000}) {
+    for (const DType dtype : dtypes) {
+      gradclip::test_rows({{1, dtype}, {60, dtype}, {7, DType::kFloat32}, {3, dtype}}, length);
+    }
+  }
   std::printf("%d checks\n", gradclip::checks);
   return 0;
 }
