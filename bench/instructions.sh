@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Prints how many instructions a call executes, for lists of 1, 20 and 1000 tensors of 8 elements.
-# Two runs differ by 0.5 % at most, whatever else the machine does, so they show changes below the
-# noise of times. Needs valgrind, which knows no AVX-512, and a C compiler. About a minute.
+# Counts repeat exactly, whatever else the machine does, so they show changes below the noise of
+# times. Needs valgrind, which knows no AVX-512, and a C compiler. About a minute. What callgrind
+# wrote stays in build/instructions, for callgrind_annotate.
 #
 #     bench/instructions.sh
 #     bench/instructions.sh --tensors 100
-#     PYTHON=python3 KEEP=build/counts bench/instructions.sh    # keeps the files for callgrind_annotate
+#     PYTHON=python3 bench/instructions.sh
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+# Always the same path, and below no random addresses: hash tables of pointers and copies of memory
+# take another number of instructions at another place.
+folder=$here/../build/instructions
+rm -rf "$folder"
+mkdir -p "$folder"
 
 "${CC:-cc}" -x c -O1 -shared -fPIC -o "$folder/counting.so" - <<'C'
 #include <valgrind/callgrind.h>
@@ -27,12 +31,11 @@ C
 
 GRADCLIP_CPU=${GRADCLIP_CPU:-avx2} ATEN_CPU_CAPABILITY=${ATEN_CPU_CAPABILITY:-avx2} \
   OMP_NUM_THREADS=1 PYTHONHASHSEED=0 \
-  valgrind --tool=callgrind --instr-atstart=no --callgrind-out-file="$folder/counts" \
+  setarch --addr-no-randomize valgrind --tool=callgrind --instr-atstart=no --callgrind-out-file="$folder/counts" \
   "$python" "$here/instructions.py" "$folder/counting.so" "$@" 2> "$folder/log" || {
     cat "$folder/log" >&2
     exit 1
   }
-[[ -z ${KEEP:-} ]] || { mkdir -p "$KEEP" && cp "$folder"/counts.* "$KEEP"; }
 
 awk '
   FNR == 1 { name = "" }
