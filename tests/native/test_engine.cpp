@@ -91,9 +91,14 @@ Lists make(const std::vector<std::pair<int64_t, DType>>& shapes) {
   return lists;
 }
 
-// Shares out the tiles in contiguous ranges, one per thread, like torch's thread pool.
+// Shares out the tiles in contiguous ranges, one per thread, like torch's thread pool. With 0
+// threads the caller does them all, one after another.
 template <class Work>
 void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
+  if (threads == 0) {
+    for (int64_t tile = 0; tile < index.tiles(); ++tile) work(Range{tile, tile + 1});
+    return;
+  }
   std::vector<std::thread> running;
   for (int64_t t = 0; t < threads; ++t) {
     const Range range = {index.tiles() * t / threads, index.tiles() * (t + 1) / threads};
@@ -235,8 +240,8 @@ void test_bits(const std::vector<std::pair<int64_t, DType>>& shapes) {
     });
     return bits;
   };
-  const Bits expected = bits_on(index.tiles());  // one tile each: nothing side by side
-  for (const int64_t threads : {1, 2, 3, 8, 128}) {
+  const Bits expected = bits_on(0);  // nothing side by side
+  for (const int64_t threads : {1, 3, 128}) {
     const Bits found = bits_on(threads);
     CHECK(found.sums == expected.sums);
     CHECK(found.memory == expected.memory);
@@ -530,13 +535,13 @@ int main() {
   gradclip::test_list(large);
   for (const DType dtype : dtypes) {
     const int64_t tile = gradclip::tile_elements(dtype);
-    gradclip::test_bits({{131 * tile + 7, dtype}});
+    gradclip::test_bits({{67 * tile + 7, dtype}});
     List rests;
-    for (int64_t i = 0; i < 60; ++i) rests.push_back({i % 5 == 0 ? i : (i % 9) * tile + i, dtype});
+    for (int64_t i = 0; i < 24; ++i) rests.push_back({i % 5 == 0 ? i : (i % 9) * tile + i, dtype});
     gradclip::test_bits(rests);
   }
   List mixed;
-  for (int64_t i = 0; i < 40; ++i) {
+  for (int64_t i = 0; i < 20; ++i) {
     mixed.push_back({gradclip::tile_elements(dtypes[i % 4]) * (i % 11) + i, dtypes[i % 4]});
   }
   gradclip::test_bits(mixed);
