@@ -7,8 +7,6 @@
 // Each function measures `kTiles` runs side by side: one, or kStreams full tiles. A tile's sum has
 // the same bits either way, since its additions are the same and in the same order.
 
-#include "cpu/vectors_body.h"
-
 // Additions in a chain before it goes into a compensated sum. Rounding errors of equal values have
 // the same sign, so the chain has to be short.
 constexpr int64_t kChain = 8;
