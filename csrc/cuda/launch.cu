@@ -12,7 +12,7 @@ namespace {
 // measured on a GPU.
 constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
 // The same for smaller blocks, which clip rows.
-constexpr int64_t kRowWorkersPerMultiprocessor = 8;
+constexpr int64_t kRowWorkersPerMultiprocessor = kResidentBlocksOfRow;
 
 // Queried once per device.
 struct DeviceProperties {

@@ -41,6 +41,10 @@ void scale_each_thread(const SmallTable& table, const double* coefficients) {
 
 void clamp_thread(const SmallTable& table, double bound) { clamp_body<kThreads>(table, bound); }
 
+void clip_rows_thread(const SmallRowsTable& table, const UnitLimit& limit, double* smallest) {
+  clip_rows_body<kThreads>(table, limit, smallest);
+}
+
 void clip_in_one_block_thread(const SmallTable& table, Precision precision, const Clip& clip) {
   with_norm(clip.kind, [&](auto constant) {
     clip_in_one_block_body<decltype(constant)::value, kThreads>(table, precision, clip);

@@ -6,6 +6,7 @@
 
 #include "core/norm.h"
 #include "core/span.h"
+#include "core/units.h"
 #include "cuda/clip.h"
 #include "cuda/table.h"
 
@@ -16,6 +17,7 @@ inline constexpr int kThreads = GRADCLIP_THREADS;
 // Small, so that many lists take several launches.
 inline constexpr int kCapacity = 5;
 using SmallTable = Table<kCapacity>;
+using SmallRowsTable = RowsTable<kCapacity>;
 
 // With `slots`, also the power sums of tensors.
 void power_sums_thread(const SmallTable& table, Norm kind, Precision precision, double* partials,
@@ -23,6 +25,7 @@ void power_sums_thread(const SmallTable& table, Norm kind, Precision precision, 
 void scale_thread(const SmallTable& table, const Clip& clip);
 void scale_each_thread(const SmallTable& table, const double* coefficients);
 void clamp_thread(const SmallTable& table, double bound);
+void clip_rows_thread(const SmallRowsTable& table, const UnitLimit& limit, double* smallest);
 void clip_in_one_block_thread(const SmallTable& table, Precision precision, const Clip& clip);
 void finish_thread(Norm kind, const double* partials, int count, double* power_sum,
                    DType norm_dtype, void* norm_result);

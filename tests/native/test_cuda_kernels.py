@@ -163,6 +163,33 @@ MUTANTS = {
         "cuda/bodies.cuh",
         {"i < count; i +=": "i < count && i < kThreads; i +="},
     ),
+    # Rows.
+    "no barrier before the coefficient of a row is read": (
+        "cuda/bodies.cuh",
+        {f"being written too early.\n  {BARRIER}": "being written too early.\n"},
+    ),
+    "coefficient of a row in the first thread alone": (
+        "cuda/bodies.cuh",
+        {"__shared__ double coefficient;\n  const int": "double coefficient = 1.0;\n  const int"},
+    ),
+    "rows scaled that begin where those of the weights do": (
+        "cuda/bodies.cuh",
+        {
+            "data += row_of_tensor * numel_of(packed) * element_size(dtype);": "data += "
+            "row_of_tensor * numel_of(packed) * element_size(dtype_of(table.weights_row[tensor]));"
+        },
+    ),
+    "rows of the second half left out": (
+        "cuda/bodies.cuh",
+        {
+            "for (int64_t row = worker; row < table.rows;": "for (int64_t row = worker; row < "
+            "table.rows / 2;"
+        },
+    ),
+    "smallest coefficients of a second launch over those of the first": (
+        "cuda/bodies.cuh",
+        {"smallest[table.first_worker + worker]": "smallest[worker]"},
+    ),
     # Ends of segments.
     "tail left out": ("cuda/segments.cuh", {"if (thread < tail) work": "if (false) work"}),
     "head counted twice": (

@@ -341,6 +341,7 @@ int test_all() {
   test_one_block();
   test_scale_each();
   test_clamp();
+  test_clip_rows();
   test_finish();
   std::printf("%lld checks\n", static_cast<long long>(checks));
   return 0;

@@ -10,6 +10,7 @@ void test_tiny_coefficients();
 void test_one_block();
 void test_scale_each();
 void test_clamp();
+void test_clip_rows();
 void test_finish();
 
 }  // namespace gradclip::cuda

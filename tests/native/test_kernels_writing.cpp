@@ -1,9 +1,14 @@
 // The tests of kernels that write; see test_kernels.cpp.
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
+#include "core/units.h"
+#include "cuda/plan.h"
 #include "kernel_testing.h"
 #include "test_kernels.h"
 
@@ -214,6 +219,166 @@ void test_clamp() {
         }
       }
       CHECK(gradients.guards_are_intact());
+    }
+  }
+}
+
+namespace {
+
+struct Units {
+  int64_t rows;
+  int64_t row;
+  DType gradient;
+  DType weights;
+  int64_t offset;
+};
+
+// What a row asks of the kernel; each tensor begins with another kind.
+enum RowKind { kWithin, kAbove, kNoWeights, kNotFinite, kTinyCoefficient, kRowKinds };
+
+constexpr UnitLimit kUnitLimit = {0.25, 0x1p-10};
+
+RowKind kind_of(size_t tensor, int64_t row) {
+  return static_cast<RowKind>((tensor + static_cast<size_t>(row)) % kRowKinds);
+}
+
+// Never near 0, so that a row of one element is as clearly above its limit or within it as others.
+Values magnitudes(const std::vector<Units>& units, bool of_weights) {
+  auto random = std::make_shared<std::mt19937>(of_weights ? 1 : 2);
+  return [=](int64_t tensor, int64_t i) {
+    const Units& own = units[static_cast<size_t>(tensor)];
+    const double value = (0.5 + (*random)() / 0x1p33) * (i % 3 == 0 ? -1.0 : 1.0);
+    const RowKind kind = kind_of(static_cast<size_t>(tensor), i / own.row);
+    if (of_weights) return kind == kNoWeights ? 0.0 : value;
+    switch (kind) {
+      case kWithin:
+        return value * 0x1p-6;
+      case kNotFinite:
+        return i % own.row == own.row - 1 ? (tensor % 2 == 0 ? kNaN : -kInfinity) : value;
+      case kTinyCoefficient:
+        return value * (own.gradient == DType::kFloat16 ? 0x1p14 : 0x1p115);
+      default:
+        return value;
+    }
+  };
+}
+
+List list_of(const std::vector<Units>& units, bool of_weights) {
+  List list;
+  for (const Units& own : units) {
+    // Weights have another alignment than their gradient.
+    list.push_back({own.rows * own.row, of_weights ? own.weights : own.gradient,
+                    of_weights ? 1 - own.offset : own.offset});
+  }
+  return list;
+}
+
+// In float64.
+double coefficient_of_row(const Gradients& gradients, const Gradients& weights, const Units& units,
+                          size_t tensor, int64_t row) {
+  double sums[2] = {0.0, 0.0};
+  for (int64_t i = row * units.row; i < (row + 1) * units.row; ++i) {
+    sums[0] += weights.get(tensor, i) * weights.get(tensor, i);
+    sums[1] += gradients.get(tensor, i) * gradients.get(tensor, i);
+  }
+  return kUnitLimit.coefficient(std::sqrt(sums[0]), std::sqrt(sums[1]));
+}
+
+bool is_near(double actual, double expected, const Units& units) {
+  constexpr double kUnitsInTheLastPlace[] = {0x1p-23, 0x1p-52, 0x1p-10, 0x1p-7};
+  // Two norms in float32, unless both are in float64, then the product in the gradient's dtype.
+  const bool wide = units.gradient == DType::kFloat64 && units.weights == DType::kFloat64;
+  const double relative =
+      (wide ? 0x1p-50 : 0x1p-21) + kUnitsInTheLastPlace[static_cast<int>(units.gradient)];
+  const double smallest = units.gradient == DType::kFloat16 ? 0x1p-24 : 0.0;
+  return std::fabs(actual - expected) <= relative * std::fabs(expected) + smallest;
+}
+
+std::vector<SmallRowsTable> tables_of(const std::vector<Rows>& rows, int64_t workers) {
+  std::vector<SmallRowsTable> tables;
+  RowsPlan(rows, kCapacity, workers).for_tables<kCapacity>([&](const SmallRowsTable& table) {
+    tables.push_back(table);
+    return 0;
+  });
+  return tables;
+}
+
+void check_clipped_rows(const std::vector<Units>& all, int64_t most_workers) {
+  Gradients weights(list_of(all, true), magnitudes(all, true));
+  const Gradients before(list_of(all, false), magnitudes(all, false));
+  weights.forbid_writing();
+  std::vector<std::vector<double>> coefficients;
+  for (size_t t = 0; t < all.size(); ++t) {
+    coefficients.emplace_back();
+    for (int64_t row = 0; row < all[t].rows; ++row) {
+      coefficients[t].push_back(coefficient_of_row(before, weights, all[t], t, row));
+      CHECK((coefficients[t].back() == 1.0) ==
+            (kind_of(t, row) == kWithin || kind_of(t, row) == kNotFinite));
+    }
+  }
+  std::vector<char> first;
+  for (const Schedule& schedule : kSchedules) {
+    const Gradients gradients(list_of(all, false), magnitudes(all, false));
+    std::vector<Rows> rows;
+    for (size_t t = 0; t < all.size(); ++t) {
+      rows.push_back({gradients.index().spans()[t], weights.index().spans()[t], all[t].rows});
+    }
+    const std::vector<SmallRowsTable> tables = tables_of(rows, most_workers);
+    const int64_t workers = tables.back().first_worker + tables.back().workers;
+    Results smallest(workers);
+    for (const SmallRowsTable& table : tables) {
+      Grid({table.workers, kThreads}, schedule, [&] {
+        clip_rows_thread(table, kUnitLimit, smallest.to_write());
+      }).run();
+    }
+    smallest.publish();
+    CHECK(smallest.is_complete());
+    std::vector<double> expected_smallest(static_cast<size_t>(workers), 1.0);
+    for (size_t t = 0; t < all.size(); ++t) {
+      const SmallRowsTable& table = tables[t / kCapacity];
+      for (int64_t row = 0; row < all[t].rows; ++row) {
+        const double coefficient = coefficients[t][static_cast<size_t>(row)];
+        const int64_t worker =
+            table.first_worker + (table.first_row[t % kCapacity] + row) % table.workers;
+        double& own_smallest = expected_smallest[static_cast<size_t>(worker)];
+        own_smallest = std::min(own_smallest, coefficient);
+        for (int64_t i = row * all[t].row; i < (row + 1) * all[t].row; ++i) {
+          const double value = before.get(t, i);
+          CHECK(coefficient == 1.0 ? is_same(gradients.get(t, i), value)
+                                   : is_near(gradients.get(t, i), value * coefficient, all[t]));
+        }
+      }
+    }
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      const double expected = expected_smallest[static_cast<size_t>(worker)];
+      CHECK(std::fabs(smallest.to_read()[worker] - expected) <= 0x1p-21 * expected);
+    }
+    CHECK(gradients.guards_are_intact());
+    CHECK(first.empty() || gradients.bytes() == first);
+    first = gradients.bytes();
+  }
+  weights.allow_writing();
+}
+
+}  // namespace
+
+// Each row by its own limit, in lists of one launch and of two, for any number of workers.
+void test_clip_rows() {
+  for (const DType dtype : kDTypes) {
+    const int64_t group = 4 * kThreads * 16 / element_size(dtype);
+    for (const DType weights : {dtype, DType::kFloat32, DType::kFloat64}) {
+      const std::vector<Units> units = {
+          {11, 37, dtype, weights, 1}, {5, group + 9, dtype, weights, 0},
+          {6, 1, dtype, weights, 1},   {1, 64, dtype, weights, 0},
+          {7, 32, weights, dtype, 1},  {9, 70, dtype, weights, 1},
+          {1, 3, weights, dtype, 0}};
+      for (const int64_t workers : {1, 3, 8, 100}) {
+        if (quick && workers != 3) continue;
+        subject = "rows of dtype " + std::to_string(static_cast<int>(dtype)) + ", weights of " +
+                  std::to_string(static_cast<int>(weights)) + ", " + std::to_string(workers) +
+                  " workers";
+        check_clipped_rows(units, workers);
+      }
     }
   }
 }

@@ -143,6 +143,7 @@ void test_decay_tables() {
 void test_sizes_of_tables() {
   constexpr size_t kOtherParameters = 256;
   CHECK(sizeof(Table<kMediumTable>) <= 4096);
+  CHECK(sizeof(RowsTable<kRowsTable>) + sizeof(UnitLimit) + sizeof(double*) <= 4096);
   CHECK(sizeof(Table<kLargeTable>) + kOtherParameters <= 32764);
   CHECK(sizeof(DecayTable<kLargeDecayTable>) + kOtherParameters <= 32764);
 }
@@ -166,6 +167,91 @@ void test_empty_list() {
   CHECK(launches == 0);
 }
 
+// Of one to a few rows each; the dtypes and the sizes of rows differ between and within pairs.
+std::vector<Rows> rows_of(int64_t tensors) {
+  std::vector<Rows> all;
+  for (int64_t i = 0; i < tensors; ++i) {
+    const int64_t count = 1 + 3 * (i % 7);
+    const int64_t numel = count * (1 + 977 * (i % 13));
+    char* gradient = reinterpret_cast<char*>(uintptr_t{1} << 40) + (i << 20);
+    char* weights = gradient + (int64_t{1} << 44);
+    all.push_back({{gradient, numel, kDTypes[i % 4]}, {weights, numel, kDTypes[i / 4 % 4]}, count});
+  }
+  return all;
+}
+
+// Launches one after another hold each tensor and each row once, and never more workers than rows.
+void test_rows_tables() {
+  for (const int64_t tensors : {1, 2, 99, 100, 101, 200, 201, 450}) {
+    const std::vector<Rows> all = rows_of(tensors);
+    for (const int64_t most_workers : {1, 7, 1056}) {
+      const RowsPlan plan(all, kRowsTable, most_workers);
+      size_t tensor = 0;
+      int64_t workers = 0;
+      const int error = plan.for_tables<kRowsTable>([&](const RowsTable<kRowsTable>& table) {
+        CHECK(table.tensors ==
+              std::min<int64_t>(kRowsTable, tensors - static_cast<int64_t>(tensor)));
+        CHECK(table.first_worker == workers);
+        int64_t rows = 0;
+        for (int i = 0; i < table.tensors; ++i, ++tensor) {
+          const Rows& own = all[tensor];
+          CHECK(table.gradients[i] == own.gradient.data);
+          CHECK(table.weights[i] == own.weights.data);
+          CHECK(numel_of(table.gradient_row[i]) * own.count == own.gradient.numel);
+          CHECK(dtype_of(table.gradient_row[i]) == own.gradient.dtype);
+          CHECK(numel_of(table.weights_row[i]) * own.count == own.weights.numel);
+          CHECK(dtype_of(table.weights_row[i]) == own.weights.dtype);
+          CHECK(table.first_row[i] == rows);
+          // What the kernel takes for the tensor of a row.
+          CHECK(find_tensor(table.first_row, table.tensors, rows) == i);
+          rows += own.count;
+          CHECK(find_tensor(table.first_row, table.tensors, rows - 1) == i);
+        }
+        CHECK(table.rows == rows);
+        CHECK(table.workers == std::min(rows, most_workers));
+        workers += table.workers;
+        return 0;
+      });
+      CHECK(error == 0);
+      CHECK(static_cast<int64_t>(tensor) == tensors);
+      CHECK(plan.workers() == workers);
+    }
+  }
+}
+
+void test_first_error_ends_the_launches_of_rows() {
+  const std::vector<Rows> all = rows_of(50);
+  const RowsPlan plan(all, 10, 100);
+  int launches = 0;
+  CHECK(plan.for_tables<10>([&](const auto&) { return ++launches == 3 ? 700 : 0; }) == 700);
+  CHECK(launches == 3);
+}
+
+void test_no_rows() {
+  const std::vector<Rows> none;
+  for (const RowsPlan& plan : {RowsPlan(), RowsPlan(none, kRowsTable, 100)}) {
+    CHECK(plan.workers() == 0);
+    int launches = 0;
+    CHECK(plan.for_tables<kRowsTable>([&](const auto&) { return ++launches; }) == 0);
+    CHECK(launches == 0);
+  }
+}
+
+// More than 32 bits hold.
+void test_many_rows() {
+  constexpr int64_t kRows = int64_t{3} << 31;
+  const Span span = {nullptr, 2 * kRows, DType::kFloat16};
+  const std::vector<Rows> all = {{span, span, kRows}, {span, span, kRows}};
+  const RowsPlan plan(all, kRowsTable, 1056);
+  plan.for_tables<kRowsTable>([&](const RowsTable<kRowsTable>& table) {
+    CHECK(table.rows == 2 * kRows);
+    CHECK(table.first_row[1] == kRows);
+    CHECK(numel_of(table.gradient_row[1]) == 2);
+    return 0;
+  });
+  CHECK(plan.workers() == 1056);
+}
+
 void test_one_block() {
   const auto list = [](int64_t tensors, int64_t numel) {
     return FlatIndex(
@@ -187,6 +273,10 @@ int main() {
   test_sizes_of_tables();
   test_first_error_ends_the_launches();
   test_empty_list();
+  test_rows_tables();
+  test_first_error_ends_the_launches_of_rows();
+  test_no_rows();
+  test_many_rows();
   test_one_block();
   std::printf("%d checks\n", checks);
 }
