@@ -49,7 +49,7 @@ class Counters:
     def count(self, clips: bool | Tensor, is_finite: bool | Tensor, skips: bool | Tensor) -> None:
         """Count one step; each flag is known on the host, or a 0-dim tensor that is not read."""
         self.steps += 1
-        if isinstance(is_finite, Tensor):
+        if not isinstance(is_finite, bool):
             self._move_to(is_finite.device)
         self.clipped_steps = self.clipped_steps + clips
         self.nonfinite_steps = self.nonfinite_steps + (is_finite ^ True)

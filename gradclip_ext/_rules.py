@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
-from gradclip_ext.thresholds import FixedThreshold, StatelessRule, Threshold
+from gradclip_ext.thresholds import FixedThreshold, Rule, StatelessRule, Threshold, takes_numbers
 
 __all__ = ["Group", "name_of", "places_of", "read_rules", "require_length", "require_limit"]
 
@@ -27,6 +27,11 @@ class Group:
     def caller(self) -> _ops.Caller:
         """How messages name the parameters."""
         return _ops.Caller("GradClipper", names=self.names)
+
+    @functools.cached_property
+    def library_rule(self) -> Rule | StatelessRule | None:
+        """The rule if it is one of ours, which can be asked by ``limit_for``."""
+        return self.rule if takes_numbers(self.rule) else None
 
 
 def read_rules(max_norm: Any, groups: int) -> list[Threshold]:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,9 +21,7 @@ from gradclip_ext._rules import Group, require_limit
 from gradclip_ext.thresholds import (
     AGC,
     StatelessRule,
-    Threshold,
     TimesLimit,
-    takes_numbers,
 )
 
 __all__ = ["POLICIES", "Settings", "Step"]
@@ -31,7 +30,7 @@ __all__ = ["POLICIES", "Settings", "Step"]
 POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What a clipper was told once; see the arguments of ``GradClipper``."""
 
@@ -42,6 +41,10 @@ class Settings:
     skip_above: float | TimesLimit | None
     # Whether the weight decay has to wait until it is clear that the step will not be dropped.
     decays_late: bool
+
+
+# A group; its norm, as a number where the host knows it, and as a tensor; those of its gradients.
+_Measured = tuple[Group, Scalar, Tensor, Tensor]
 
 
 class Step:
@@ -59,6 +62,20 @@ class Step:
             of units and elements.
     """
 
+    __slots__ = (
+        "_groups",
+        "_measured",
+        "_settings",
+        "coefficients",
+        "groups",
+        "is_finite",
+        "limits",
+        "norms",
+        "returned",
+        "skips",
+        "total",
+    )
+
     def __init__(self, settings: Settings, groups: Sequence[Group]) -> None:
         self._settings = settings
         self.groups = groups
@@ -67,17 +84,15 @@ class Step:
         self.limits: list[Scalar] = []
         self.coefficients: list[Scalar] = []
         self._measured = self._measure()
-        self._numbers = [_ops.known(total) for total, _ in self._measured]
         # The tensor is returned to the caller, who may write into it; a number or a copy is kept.
         self.returned: Tensor
         self.total: Scalar
         if len(self._measured) == 1:
-            self.returned, self.norms = self._measured[0]
-            self.total = self._numbers[0]
+            _, self.total, self.returned, self.norms = self._measured[0]
         else:
             self.returned, self.norms = self._together()
             self.total = _ops.known(self.returned)
-        if isinstance(self.total, Tensor):
+        if not isinstance(self.total, float):
             self.total = self.total.clone()
         self.is_finite = _ops.isfinite(self.total)
         self.skips: bool | Tensor = False
@@ -98,11 +113,9 @@ class Step:
             skips_nonfinite = skips_nonfinite or settings.nonfinite == "propagate"
         if skips_nonfinite:
             self.skips = self.skips | (self.is_finite ^ True)
-        for group, number, (total, norms) in zip(
-            self._groups, self._numbers, self._measured, strict=True
-        ):
+        for group, number, total, norms in self._measured:
             rule = group.rule
-            limit = self._limits(rule, number, total, norms)
+            limit = self._limits(group, number, total, norms)
             measured = norms if rule.per_parameter else number
             self.limits.append(limit)
             self.coefficients.append(_ops.clip_coefficient(limit, measured, rule.epsilon))
@@ -116,15 +129,13 @@ class Step:
         if isinstance(above, float):
             return self.total > above
         spike: bool | Tensor = False
-        for group, number, (total, norms) in zip(
-            self._groups, self._numbers, self._measured, strict=True
-        ):
+        for group, number, total, norms in self._measured:
             # The limit of the steps before: a NaN is no observation.
             norms_before = torch.full_like(norms, math.nan)
             rule = group.rule
-            if takes_numbers(rule) and not isinstance(number, Tensor):
+            if group.library_rule is not None and isinstance(number, float):
                 # Known on the host, nothing that a rule holds is changed, only replaced.
-                limit = copy.copy(rule).limit_for(math.nan, norms_before)
+                limit = copy.copy(group.library_rule).limit_for(math.nan, norms_before)
             else:
                 # A copy is asked, because a rule of the user's own may take it for a norm.
                 total_before = torch.full_like(total, math.nan)
@@ -136,14 +147,15 @@ class Step:
         known = _ops.known(spike) if isinstance(spike, Tensor) else spike
         return known if isinstance(known, Tensor) else bool(known)
 
-    def _limits(self, rule: Threshold, number: Scalar, total: Tensor, norms: Tensor) -> Scalar:
+    def _limits(self, group: Group, number: Scalar, total: Tensor, norms: Tensor) -> Scalar:
         """A rule's limits; to a step that is skipped it is blind, as to a NaN."""
+        rule = group.rule
         if self.skips is not False:
             skips = torch.as_tensor(self.skips, device=total.device)
             total, norms = total.masked_fill(skips, math.nan), norms.masked_fill(skips, math.nan)
             number = _ops.known(total)
-        if takes_numbers(rule):
-            return rule.limit_for(number, norms)
+        if group.library_rule is not None:
+            return group.library_rule.limit_for(number, norms)
         # Copies, which a rule of the user's own may write to.
         limits = rule.limits(total.clone(), norms.clone())
         # What it makes of a norm that is not finite is its own affair.
@@ -172,55 +184,60 @@ class Step:
         """Whether the total is finite and a gradient was made smaller."""
         clips: bool | Tensor = False
         for coefficient in self.coefficients:
-            clips = clips | (_ops.smallest(coefficient, self.returned.device) < 1.0)
+            if not isinstance(coefficient, float):
+                coefficient = _ops.smallest(coefficient, self.returned.device)
+            clips = clips | (coefficient < 1.0)
         return clips & self.is_finite
 
-    def _measure(self) -> list[tuple[Tensor, Tensor]]:
+    def _measure(self) -> list[_Measured]:
         """The norms of every group, once it is clear that every group can be written."""
-        settings = self._settings
+        settings, groups = self._settings, self._groups
         # Several groups, or a decay that waits, are looked at first.
-        waits = settings.weight_decay > 0.0 and (len(self._groups) > 1 or settings.decays_late)
-        found = [None if waits else self._measured_natively(group) for group in self._groups]
-        if None in found:
-            _ops.refuse_meta([group.parameters for group in self._groups], self.names)
-            for group, norms in zip(self._groups, found, strict=True):
-                if norms is None:
-                    _ops.require_writable(
-                        group.parameters,
-                        group.caller,
-                        weight_decay=settings.weight_decay,
-                        clip_value=settings.clip_value,
-                        by_units=isinstance(group.rule, AGC),
-                    )
+        waits = settings.weight_decay > 0.0 and (len(groups) > 1 or settings.decays_late)
+        found = [None if waits else self._measured_natively(group) for group in groups]
+        if None not in found:
+            return cast(list[_Measured], found)
+        _ops.refuse_meta([group.parameters for group in groups], self.names)
+        for group, measured in zip(groups, found, strict=True):
+            if measured is None:
+                _ops.require_writable(
+                    group.parameters,
+                    group.caller,
+                    weight_decay=settings.weight_decay,
+                    clip_value=settings.clip_value,
+                    by_units=isinstance(group.rule, AGC),
+                )
         return [
-            self._measured_in_any_way(group) if norms is None else norms
-            for group, norms in zip(self._groups, found, strict=True)
+            measured or self._measured_in_any_way(group)
+            for group, measured in zip(groups, found, strict=True)
         ]
 
-    def _measured_natively(self, group: Group) -> tuple[Tensor, Tensor] | None:
+    def _measured_natively(self, group: Group) -> _Measured | None:
         settings = self._settings
         if isinstance(group.rule, AGC) and not _ops.have_native_units(group.parameters):
             return None
         if settings.clip_value is not None and _ops.are_complex(group.parameters):
             return None
-        return _ops.native_grad_norms(
+        norms = _ops.native_grad_norms(
             group.parameters, settings.norm_type, None, settings.weight_decay
         )
+        return norms and (group, _ops.known(norms[0]), *norms)
 
-    def _measured_in_any_way(self, group: Group) -> tuple[Tensor, Tensor]:
+    def _measured_in_any_way(self, group: Group) -> _Measured:
         settings = self._settings
         parameters, caller = group.parameters, group.caller
+        norm_type, weight_decay = settings.norm_type, settings.weight_decay
         if settings.decays_late:
-            return _ops.decayed_grad_norms(
-                parameters, settings.norm_type, settings.weight_decay, caller
-            )
-        return _ops.grad_norms(parameters, settings.norm_type, None, caller, settings.weight_decay)
+            norms = _ops.decayed_grad_norms(parameters, norm_type, weight_decay, caller)
+        else:
+            norms = _ops.grad_norms(parameters, norm_type, None, caller, weight_decay)
+        return group, _ops.known(norms[0]), *norms
 
     def _together(self) -> tuple[Tensor, Tensor]:
         """The norm of all groups and the norms of all gradients, on the device of the first."""
-        device = self._measured[0][0].device
-        totals = [total.to(device) for total, _ in self._measured]
-        norms = torch.cat([norms.to(device) for _, norms in self._measured])
+        device = self._measured[0][2].device
+        totals = [total.to(device) for _, _, total, _ in self._measured]
+        norms = torch.cat([norms.to(device) for _, _, _, norms in self._measured])
         norm_type = self._settings.norm_type
         if norm_type < 0.0:
             # A group without gradients would count with the smallest norm there is.
@@ -239,9 +256,9 @@ class Step:
         rule = group.rule
         if not clears and isinstance(rule, StatelessRule) and rule.only_measures:
             return
-        if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
+        if not isinstance(coefficient, float) and coefficient.dim() == 1:
             _ops.scale_each_(group.parameters, coefficient, group.caller)
-        elif clears and (isinstance(coefficient, Tensor) or coefficient == 0.0):
+        elif clears and (not isinstance(coefficient, float) or coefficient == 0.0):
             # One coefficient for each, because a scaled NaN stays NaN, where 0 clears.
             each = torch.as_tensor(coefficient, dtype=torch.float64, device=self.returned.device)
             each = each.expand(len(group.parameters)).contiguous()

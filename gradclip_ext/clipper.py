@@ -317,7 +317,7 @@ class GradClipper:
     def _tell(self, norm: Tensor, flag: bool | Tensor) -> None:
         """Set ``found_inf``, on the device of the norm; in most steps it is right already."""
         told = _ops.known(self.found_inf)
-        if not isinstance(told, Tensor) and not isinstance(flag, Tensor) and told == flag:
+        if isinstance(flag, bool) and isinstance(told, float) and told == flag:
             return
         if self.found_inf.device != norm.device:
             # The model was moved, or exists only now.

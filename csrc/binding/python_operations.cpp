@@ -225,7 +225,9 @@ py::object known_number(py::handle tensor) {
   const at::Tensor number = unpack(tensor.ptr());
   const bool is_on_host = kGpuDevice != c10::DeviceType::CPU && number.is_cpu();
   if (!is_on_host || number.numel() != 1 || observed()) return py::none();
-  return py::float_(number.item<double>());
+  // Read directly, because item() takes as long as all of the rest.
+  const bool is_direct = number.scalar_type() == at::kDouble && binding::is_native(number);
+  return py::float_(is_direct ? *number.const_data_ptr<double>() : number.item<double>());
 }
 
 std::string instruction_set() { return cpu::kernels().instruction_set; }

@@ -2,7 +2,8 @@
 
 Python's operators work on both, and the functions here do the rest, so that a formula is written
 once. On the CPU a scalar is read and computed with directly; on a GPU it stays a tensor, without a
-device sync.
+device sync. What runs in each step asks for Python's own types first: to ask for a tensor takes
+longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def in_tensor(number: Scalar, device: torch.device) -> Tensor:
 
 def isfinite(number: Scalar) -> bool | Tensor:
     """Whether the number is neither NaN nor infinite."""
-    return number.isfinite() if isinstance(number, Tensor) else math.isfinite(number)
+    return math.isfinite(number) if isinstance(number, float) else number.isfinite()
 
 
 def smallest(number: Scalar, device: torch.device) -> Scalar:
@@ -67,7 +68,7 @@ def smallest(number: Scalar, device: torch.device) -> Scalar:
 
 def select(condition: bool | Tensor, number: Scalar, other: Scalar) -> Scalar:
     """The number if the condition holds, else the other."""
-    if not isinstance(condition, Tensor):
+    if isinstance(condition, bool):
         return number if condition else other
     if isinstance(other, Tensor):
         return torch.where(condition.to(other.device), number, other)
@@ -112,18 +113,23 @@ def quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
 def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:
     """``min(1, limit / (norm + epsilon))``; 1 for an infinite limit, whatever the norm.
 
+    One number for all norms where the host knows that each coefficient is 1.
     A NaN norm gives NaN; 1 if norm, limit and epsilon are all 0.
     """
     total = norm + epsilon if epsilon > 0.0 else norm
     coefficient = quotient(limit, total)
-    if isinstance(coefficient, Tensor) and coefficient.dim() == 1 and _is_known(coefficient):
-        return coefficient.clamp(max=1.0)
+    if not isinstance(coefficient, float) and coefficient.dim() == 1:
+        least = _least_on_host(coefficient)
+        if least >= 1.0:
+            return 1.0
+        if least < 1.0:
+            return coefficient.clamp(max=1.0)
     return select((total <= limit) | (limit == math.inf), 1.0, coefficient)
 
 
-def _is_known(numbers: Tensor) -> bool:
-    """Whether the host knows that none is NaN."""
+def _least_on_host(numbers: Tensor) -> float:
+    """The smallest of several; NaN if one is NaN or the host does not know them."""
     if not numbers.is_cpu or numbers.numel() == 0:
-        return False
-    smallest = known(numbers.min())
-    return not isinstance(smallest, Tensor) and not math.isnan(smallest)
+        return math.nan
+    least = known(numbers.min())
+    return least if isinstance(least, float) else math.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class AdaGC(Rule):
         self.beta = _arguments.between(beta, 0, 1, "AdaGC", "beta")
         self.warmup_steps = _arguments.whole_number(warmup_steps, "AdaGC", "warmup_steps", 0)
         self.absolute_limit = _arguments.positive(absolute_limit, "AdaGC", "absolute_limit")
+        # The averages of the state where the host knows that each parameter has one.
+        self._complete: Tensor | None = None
 
     @outside_inference
     def rearrange(self, places: Sequence[int | None]) -> None:
@@ -140,13 +142,16 @@ class AdaGC(Rule):
 
         clipped = torch.minimum(norms, limits)
         # lerp rounds to between its ends, so that a positive average stays positive.
-        # Known on the host, if at all, by reading one number instead of comparing each.
-        all_have_one = counts is True and _ops.known(gamma.max()) < math.inf
+        # Known on the host, if at all: from the step before, else by reading one number.
+        all_have_one = counts is True and (
+            gamma is self._complete or _ops.known(gamma.max()) < math.inf
+        )
         begin = gamma if all_have_one else torch.where(gamma.isinf(), clipped, gamma)
         updated: Scalar = torch.lerp(begin, clipped, 1.0 - self.beta)
         if warming is not False:
             updated = _ops.select(warming, torch.minimum(gamma, clipped), updated)
         updated = _ops.select(counts, updated, gamma)
+        self._complete = cast(Tensor, updated) if counts is True else None
         return limits, {"count": count + observed, "gamma": updated}
 
     def _check(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
