@@ -226,7 +226,8 @@ py::object known_number(py::handle tensor) {
   const bool is_on_host = kGpuDevice != c10::DeviceType::CPU && number.is_cpu();
   if (!is_on_host || number.numel() != 1 || observed()) return py::none();
   // Read directly, because item() takes as long as all of the rest.
-  const bool is_direct = number.scalar_type() == at::kDouble && binding::is_native(number);
+  const bool is_direct =
+      number.scalar_type() == at::kDouble && !number.is_neg() && binding::is_native(number);
   return py::float_(is_direct ? *number.const_data_ptr<double>() : number.item<double>());
 }
 

@@ -60,6 +60,9 @@ class AdaGC(Rule):
     """
 
     per_parameter: bool = True
+    # The averages of the state where the host knows that each parameter has one. Of the class, so
+    # that objects pickled before there was such an attribute have it.
+    _complete: Tensor | None = None
 
     def __init__(
         self,
@@ -73,8 +76,6 @@ class AdaGC(Rule):
         self.beta = _arguments.between(beta, 0, 1, "AdaGC", "beta")
         self.warmup_steps = _arguments.whole_number(warmup_steps, "AdaGC", "warmup_steps", 0)
         self.absolute_limit = _arguments.positive(absolute_limit, "AdaGC", "absolute_limit")
-        # The averages of the state where the host knows that each parameter has one.
-        self._complete: Tensor | None = None
 
     @outside_inference
     def rearrange(self, places: Sequence[int | None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from models import Watching, make_model, set_gradients
 from rules import assert_same_state, by_rule, feed, random_norms, with_nonfinite
 
-from gradclip_ext import AdaGC, AutoClip, GradClipper, TimesLimit, ZClip
+from gradclip_ext import AdaGC, AutoClip, GradClipper, TimesLimit, ZClip, _ops
 
 pytestmark = pytest.mark.cpu_only
 
@@ -211,3 +211,57 @@ class TestInAClipper:
             clipper.found_inf.fill_(value)
             clipper.clip_()
             assert clipper.found_inf.item() == expected
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        torch.tensor(2.5, dtype=torch.float64),
+        torch._neg_view(torch.tensor(-2.5, dtype=torch.float64)),
+        torch._neg_view(torch.tensor([-2.5])),
+        torch.tensor([1.0, 2.5, 3.0], dtype=torch.float64)[1],
+        torch.tensor(2.5, dtype=torch.bfloat16),
+    ],
+    ids=["plain", "negated", "negated float32", "view", "bfloat16"],
+)
+def test_numbers_are_read_as_item_reads_them(number):
+    assert _ops.known(number) == number.item() == 2.5
+
+
+class TestAveragesKnownToBeComplete:
+    """AdaGC remembers which averages it knows to be complete; those of another state may not be."""
+
+    def test_a_new_parameter(self):
+        rule = AdaGC(warmup_steps=0, relative_limit=2.0)
+        feed(rule, [[1.0, 1.0]] * 3)
+        rule.rearrange([0, 1, None])
+        assert feed(rule, [[1.0, 1.0, 50.0]]) == [[2.0, 2.0, math.inf]]
+        assert rule.state_dict()["gamma"].tolist() == [1.0, 1.0, 50.0]
+
+    def test_a_loaded_state(self):
+        rule = AdaGC(warmup_steps=0, relative_limit=2.0)
+        other = AdaGC(warmup_steps=0, relative_limit=2.0)
+        feed(other, [[1.0, 0.0]])
+        feed(rule, [[1.0, 1.0]] * 3)
+        rule.load_state_dict(other.state_dict())
+        assert feed(rule, [[1.0, 50.0]]) == [[2.0, math.inf]]
+        assert rule.state_dict()["gamma"].tolist() == [1.0, 50.0]
+
+    def test_a_parameter_without_a_gradient(self):
+        rule = AdaGC(warmup_steps=0, relative_limit=2.0)
+        feed(rule, [[1.0, 1.0], [1.0, 0.0]])
+        assert rule.state_dict()["gamma"].tolist() == [1.0, 1.0]
+
+
+def test_a_quiet_step_of_adagc_reports_1_and_changes_nothing_but_versions():
+    model = make_model()
+    set_gradients(model)
+    clipper = GradClipper(model, AdaGC(warmup_steps=0, relative_limit=2.0))
+    clipper.clip_()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    versions = [parameter.grad._version for parameter in model.parameters()]
+    clipper.clip_()
+    assert clipper.report().coefficient == 1.0
+    for parameter, gradient, version in zip(model.parameters(), before, versions, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+        assert parameter.grad._version > version
