@@ -22,11 +22,6 @@ const c10::DispatchKeySet kTransparentKeys =
     c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate,
                          c10::DispatchKey::Negative});
 
-Span span_of(const at::Tensor& tensor, void* data) {
-  const int64_t reals_per_element = c10::isComplexType(tensor.scalar_type()) ? 2 : 1;
-  return {data, tensor.numel() * reals_per_element, *native_dtype(tensor.scalar_type())};
-}
-
 int64_t row_count(const at::Tensor& tensor) { return tensor.dim() > 1 ? tensor.size(0) : 1; }
 
 bool is_engines(c10::DispatchKeySet keys) {
