@@ -5,11 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <initializer_list>
 #include <limits>
 #include <random>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -18,115 +15,11 @@
 #include "core/norm.h"
 #include "core/span.h"
 #include "core/units.h"
-#include "cpu/float16.h"
 #include "cpu/passes.h"
+#include "engine_testing.h"
 
 namespace gradclip {
 namespace {
-
-int checks = 0;
-
-void check(bool condition, const char* what, int line) {
-  ++checks;
-  if (condition) return;
-  std::printf("line %d: not true: %s\n", line, what);
-  std::exit(1);
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
-
-// Elements before and after each tensor; odd, so that tensors straddle vector boundaries.
-constexpr int64_t kGuard = 61;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-double read(const Span& span, int64_t i) {
-  switch (span.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(span.data)[i];
-    case DType::kFloat64:
-      return static_cast<const double*>(span.data)[i];
-    case DType::kFloat16:
-      return cpu::widen(static_cast<const cpu::Float16*>(span.data)[i]);
-    case DType::kBFloat16:
-      return cpu::widen(static_cast<const cpu::BFloat16*>(span.data)[i]);
-  }
-  return kNaN;
-}
-
-void write(const Span& span, int64_t i, float value) {
-  switch (span.dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(span.data)[i] = value;
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(span.data)[i] = value;
-      break;
-    case DType::kFloat16:
-      cpu::narrow(value, static_cast<cpu::Float16*>(span.data) + i);
-      break;
-    case DType::kBFloat16:
-      cpu::narrow(value, static_cast<cpu::BFloat16*>(span.data) + i);
-      break;
-  }
-}
-
-struct Lists {
-  std::vector<std::vector<char>> memory;
-  std::vector<Span> spans;
-};
-
-Lists make(const std::vector<std::pair<int64_t, DType>>& shapes) {
-  Lists lists;
-  std::mt19937 random(1);
-  // Multiples of 1/8 up to 2: halving them is exact in every dtype.
-  std::uniform_int_distribution<int> eighths(-16, 16);
-  for (const auto& [numel, dtype] : shapes) {
-    lists.memory.emplace_back(static_cast<size_t>((numel + 2 * kGuard) * element_size(dtype)));
-    char* begin = lists.memory.back().data();
-    const Span all = {begin, numel + 2 * kGuard, dtype};
-    for (int64_t i = 0; i < all.numel; ++i) write(all, i, 100.0f);
-    const Span span = {begin + kGuard * element_size(dtype), numel, dtype};
-    for (int64_t i = 0; i < numel; ++i) write(span, i, static_cast<float>(eighths(random)) / 8.0f);
-    lists.spans.push_back(span);
-  }
-  return lists;
-}
-
-// Shares out the tiles in contiguous ranges, one per thread, like torch's thread pool. With 0
-// threads the caller does them all, one after another.
-template <class Work>
-void on_threads(const FlatIndex& index, int64_t threads, const Work& work) {
-  if (threads == 0) {
-    for (int64_t tile = 0; tile < index.tiles(); ++tile) work(Range{tile, tile + 1});
-    return;
-  }
-  std::vector<std::thread> running;
-  for (int64_t t = 0; t < threads; ++t) {
-    const Range range = {index.tiles() * t / threads, index.tiles() * (t + 1) / threads};
-    if (range.begin < range.end) running.emplace_back([&work, range] { work(range); });
-  }
-  for (std::thread& thread : running) thread.join();
-}
-
-std::vector<double> sums_of_tiles(const FlatIndex& index, Norm kind, Precision precision,
-                                  const Decay* decay, int64_t threads) {
-  const size_t tiles = static_cast<size_t>(index.tiles());
-  std::vector<double> sums(tiles + 1, kNaN);
-  on_threads(index, threads, [&](Range range) {
-    cpu::power_sums(index, kind, precision, decay, range, sums.data());
-  });
-  for (size_t i = 0; i < tiles; ++i) CHECK(!std::isnan(sums[i]));
-  CHECK(std::isnan(sums[tiles]));
-  sums.pop_back();
-  return sums;
-}
-
-double measured(const FlatIndex& index, Norm kind, Precision precision, int64_t threads) {
-  const std::vector<double> sums = sums_of_tiles(index, kind, precision, nullptr, threads);
-  PowerSum total(kind);
-  for (const double sum : sums) total.add(sum);
-  CHECK(cpu::total_power_sum(kind, sums) == total.value());
-  return total.value();
-}
 
 void test_list(const std::vector<std::pair<int64_t, DType>>& shapes) {
   Lists lists = make(shapes);
@@ -263,80 +156,6 @@ void test_shared_memory() {
   }
 }
 
-// A format of 16 bits, as IEEE 754 describes it.
-struct Format {
-  DType dtype;
-  int fraction_bits;
-  int smallest_exponent;  // of normal numbers
-  int largest_exponent;
-};
-constexpr Format kFormats[] = {{DType::kFloat16, 10, -14, 15}, {DType::kBFloat16, 7, -126, 127}};
-
-double value_of(const Format& format, uint32_t bits) {
-  const int fraction = static_cast<int>(bits & ((1u << format.fraction_bits) - 1));
-  const int exponent = static_cast<int>((bits & 0x7fffu) >> format.fraction_bits);
-  const int implicit = exponent == 0 ? 0 : 1 << format.fraction_bits;
-  const int last_exponent = format.largest_exponent - format.smallest_exponent + 2;
-  double magnitude =
-      std::ldexp(implicit + fraction, format.smallest_exponent - format.fraction_bits +
-                                          (exponent == 0 ? 0 : exponent - 1));
-  if (exponent == last_exponent) magnitude = fraction == 0 ? INFINITY : kNaN;
-  return (bits & 0x8000u) != 0 ? -magnitude : magnitude;
-}
-
-// The nearest number of the format, of two equally near ones the one whose last bit is 0.
-double rounded_to(const Format& format, double value) {
-  if (value == 0.0 || !std::isfinite(value)) return value;
-  const int exponent = std::max(std::ilogb(value), format.smallest_exponent);
-  const double unit = std::ldexp(1.0, exponent - format.fraction_bits);
-  const double rounded = std::nearbyint(value / unit) * unit;
-  const double too_large = std::ldexp(1.0, format.largest_exponent + 1);
-  return std::fabs(rounded) < too_large ? rounded : std::copysign(INFINITY, rounded);
-}
-
-bool same(double found, double expected) {
-  return std::isnan(expected) ? std::isnan(found)
-                              : found == expected && std::signbit(found) == std::signbit(expected);
-}
-
-// Every number of 16 bits, subnormal, infinite and NaN ones too, in vectors and in what is left
-// over at the end of a run.
-void test_all_of_16_bits(const Format& format) {
-  constexpr uint32_t kNumbers = 1u << 16;
-  constexpr uint32_t kRest = 5;
-  std::vector<uint16_t> original(kNumbers + kRest);
-  for (uint32_t i = 0; i < original.size(); ++i) {
-    original[i] = static_cast<uint16_t>(i * 40503u);  // odd, so each of them comes up
-  }
-  std::vector<uint16_t> values = original;
-  const Span span = {values.data(), static_cast<int64_t>(values.size()), format.dtype};
-  const FlatIndex index({span});
-  const Range all = {0, index.tiles()};
-  for (int64_t i = 0; i < span.numel; ++i) {
-    CHECK(same(read(span, i), value_of(format, original[static_cast<size_t>(i)])));
-  }
-  // Three bits and a power of two: the product is exact in float32, so it is rounded once. The
-  // last one takes the way of coefficients too small for float32.
-  for (const double coefficient : {0.625, 0.5, 0x1.4p-9, 2.5, 0x1.4p-101}) {
-    values = original;
-    cpu::scale(index, coefficient, all);
-    for (int64_t i = 0; i < span.numel; ++i) {
-      const double product = value_of(format, original[static_cast<size_t>(i)]) * coefficient;
-      // Where float32 itself is subnormal, the product is rounded to that first.
-      CHECK(same(read(span, i), rounded_to(format, static_cast<float>(product))));
-    }
-  }
-  for (const double bound : {0.0, 1.5 * std::ldexp(1.0, format.smallest_exponent - 2), 1.0}) {
-    values = original;
-    cpu::clamp(index, bound, all);
-    for (int64_t i = 0; i < span.numel; ++i) {
-      const double before = value_of(format, original[static_cast<size_t>(i)]);
-      const double expected = std::fabs(before) > bound ? std::copysign(bound, before) : before;
-      CHECK(std::isnan(before) ? std::isnan(read(span, i)) : read(span, i) == expected);
-    }
-  }
-}
-
 double norm_of_row(const Span& span, int64_t first, int64_t length) {
   double sum = 0.0;  // exact: multiples of 1/64
   for (int64_t i = first; i < first + length; ++i) sum += read(span, i) * read(span, i);
@@ -387,32 +206,6 @@ void test_rows(const std::vector<std::pair<int64_t, DType>>& rows_of_shapes, int
       for (int64_t i = 0; i < kGuard; ++i) {
         CHECK(read(all, i) == 100.0 && read(all, all.numel - 1 - i) == 100.0);
       }
-    }
-  }
-}
-
-// Numbers whose squares, or which themselves, are subnormal or beyond the largest in float32.
-void test_far_from_one() {
-  for (const int exponent : {-149, -140, -126, -75, 64, 100}) {
-    for (const int64_t numel : {int64_t{1}, int64_t{7}, int64_t{640}, int64_t{10003}}) {
-      std::vector<float> values(static_cast<size_t>(numel));
-      double sum = 0.0;  // all of this is exact in float64
-      double squares = 0.0;
-      for (size_t i = 0; i < values.size(); ++i) {
-        values[i] = std::ldexp(static_cast<float>(i % 8 + 1), exponent);
-        sum += static_cast<double>(values[i]);
-        squares += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-      }
-      const double largest = std::ldexp(static_cast<double>(std::min(numel, int64_t{8})), exponent);
-      const FlatIndex index({{values.data(), numel, DType::kFloat32}});
-      for (const Precision precision : {Precision::kFloat32, Precision::kFloat64}) {
-        CHECK(measured(index, Norm::kL1, precision, 1) == sum);
-        CHECK(measured(index, Norm::kL2, precision, 1) == squares);
-        CHECK(measured(index, Norm::kInf, precision, 1) == largest);
-      }
-      const std::vector<float> original = values;
-      cpu::scale(index, 0.5, {0, index.tiles()});
-      for (size_t i = 0; i < values.size(); ++i) CHECK(values[i] == original[i] * 0.5f);
     }
   }
 }
@@ -507,9 +300,8 @@ int main() {
   gradclip::test_power_sum();
   gradclip::test_clip_coefficient();
   gradclip::test_any_twice();
-  gradclip::test_far_from_one();
+  gradclip::test_numbers();
   gradclip::test_decay();
-  for (const gradclip::Format& format : gradclip::kFormats) gradclip::test_all_of_16_bits(format);
   gradclip::test_unit_limit();
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
   for (const DType dtype : dtypes) {

@@ -43,7 +43,10 @@ COMMON = ["-Wall", "-Wextra", "-Werror", "-pthread"]
 FOLDERS = [ROOT / "csrc", ROOT / "tests/native"]
 
 
-ENGINE = [ROOT / "tests/native/test_engine.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+ENGINE = [
+    *sorted((ROOT / "tests/native").glob("test_engine*.cpp")),
+    *sorted((ROOT / "csrc/cpu").glob("*.cpp")),
+]
 PLAN = [ROOT / "tests/native/test_plan.cpp", ROOT / "csrc/cuda/plan.cpp"]
 AARCH64 = ["aarch64-linux-gnu-g++", "qemu-aarch64"]
 
