@@ -99,10 +99,7 @@ Norms norms_of(const TensorList& tensors, const FlatIndex& index, Norm kind, Pre
 // A longer row leaves the cache of a core before it is scaled, and is shared out among threads.
 constexpr int64_t kLongRowBytes = 256 * 1024;
 
-bool is_long(const Rows& rows) {
-  return std::max(rows.gradient_row() * element_size(rows.gradient.dtype),
-                  rows.weights_row() * element_size(rows.weights.dtype)) > kLongRowBytes;
-}
+bool is_long(const Rows& rows) { return rows.bytes_of_row() > kLongRowBytes; }
 
 void append_rows(const Span& span, int64_t count, std::vector<Span>* rows) {
   const int64_t length = span.numel / count;

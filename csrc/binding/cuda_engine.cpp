@@ -197,10 +197,7 @@ std::optional<cuda::Plan> decaying_plan(const FlatIndex& index, const Decay& dec
 // yet measured on a GPU.
 constexpr int64_t kLongRowBytes = 4 * 1024 * 1024;
 
-bool is_long(const Rows& rows) {
-  return std::max(rows.gradient_row() * element_size(rows.gradient.dtype),
-                  rows.weights_row() * element_size(rows.weights.dtype)) > kLongRowBytes;
-}
+bool is_long(const Rows& rows) { return rows.bytes_of_row() > kLongRowBytes; }
 
 class CudaEngine final : public Engine {
  public:

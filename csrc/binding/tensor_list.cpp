@@ -241,8 +241,8 @@ void TensorList::bump_versions() const {
 }
 
 std::vector<Rows> rows_of(const TensorList& gradients, const TensorList& parameters) {
-  const FlatIndex written = gradients.index_for_writing();
-  const FlatIndex weights = parameters.index_for_reading();
+  const FlatIndex& written = gradients.index_for_writing();
+  const FlatIndex& weights = parameters.index_for_reading();
   std::vector<Rows> result;
   result.reserve(written.spans().size());
   for (const at::Tensor& gradient : gradients.tensors()) {

@@ -41,6 +41,13 @@ struct Rows {
 
   GRADCLIP_HOST_DEVICE int64_t gradient_row() const { return gradient.numel / count; }
   GRADCLIP_HOST_DEVICE int64_t weights_row() const { return weights.numel / count; }
+
+  // Of the larger of the two.
+  GRADCLIP_HOST_DEVICE int64_t bytes_of_row() const {
+    const int64_t gradient_bytes = gradient_row() * element_size(gradient.dtype);
+    const int64_t weights_bytes = weights_row() * element_size(weights.dtype);
+    return gradient_bytes > weights_bytes ? gradient_bytes : weights_bytes;
+  }
 };
 
 }  // namespace gradclip
