@@ -65,7 +65,7 @@ const char* flat_data(const c10::TensorImpl& impl, int64_t numel, int64_t item_s
 }
 
 // Whether each tensor has a block of the CPU allocator to itself. Nearly always so, and found out
-// in a fifth of the time that sorting the tensors by address takes.
+// without sorting the tensors by address.
 bool are_blocks_of_their_own(const std::vector<at::Tensor>& tensors) {
   // None for memory from elsewhere, of which two storages may hold the same.
   const c10::DeleterFnPtr deleter = c10::GetCPUAllocator()->raw_deleter();
