@@ -7,10 +7,12 @@ layouts), for a norm_type it does not support, and whenever something has to see
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gradclip_ext._ops import torch_private
 from gradclip_ext._ops.observation import compiling
@@ -85,18 +87,33 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None)
     """Multiply every tensor in place by a 0-dim tensor on any device."""
     for device, group, multi_tensor in _groups(tensors, foreach):
         factor = coefficient.to(device)
-        if multi_tensor:
+        if _would_round(factor, group[0]):
+            scale_widened_(group, factor, torch.float32)
+        elif multi_tensor:
             torch_private.foreach_mul_(group, factor)
         else:
             for tensor in group:
                 tensor.mul_(factor)
 
 
-def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """As :func:`scale_`, for a coefficient that the tensors' own dtype could not hold."""
+def scale_widened_(tensors: Sequence[Tensor], coefficient: Tensor, dtype: torch.dtype) -> None:
+    """As :func:`scale_`, in ``dtype`` where the tensors' own could not hold the coefficient."""
     for tensor in tensors:
-        wide = tensor.to(widened_dtype(tensor, torch.float64))
+        wide = tensor.to(widened_dtype(tensor, dtype))
         tensor.copy_(wide.mul_(coefficient.to(tensor.device)))
+
+
+def _would_round(factor: Tensor, tensor: Tensor) -> bool:
+    """Whether ``tensor.mul_(factor)`` would first convert the factor to 16 bits.
+
+    torch converts a 0-dim operand to the dtype of the result, except for one on the CPU.
+    """
+    sixteen_bits = (torch.bfloat16, torch.float16)
+    return (
+        factor.device.type != "cpu"
+        and tensor.dtype in sixteen_bits
+        and factor.dtype not in sixteen_bits
+    )
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -> None:
@@ -138,10 +155,35 @@ def _groups(
 
 
 def use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | None) -> bool:
-    """Whether torch's functions would use the multi-tensor operations for these tensors."""
+    """Whether to write these tensors by multi-tensor operations, as torch's functions would.
+
+    Not if two of them share memory, in which these operations would race on a GPU.
+    """
     if foreach is not None:
-        return foreach and torch_private.device_has_foreach_support(device)
+        wanted = foreach and torch_private.device_has_foreach_support(device)
     # They refuse to write tensors that are lazily negated or conjugated.
-    if not compiling() and any(t.is_neg() or t.is_conj() for t in group):
+    elif not compiling() and any(t.is_neg() or t.is_conj() for t in group):
         return False
-    return torch_private.has_foreach_support(group, device)
+    else:
+        wanted = torch_private.has_foreach_support(group, device)
+    return wanted and not _share_memory(group)
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    """Whether a tensor is listed twice, or the memory from first to last element overlaps."""
+    if compiling():
+        return False
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        return True
+    ranges = []
+    for tensor in tensors:
+        # Others have no address, or none that says where their elements are.
+        is_plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
+        if not is_plain or torch_private.is_wrapped(tensor) or tensor.numel() == 0:
+            continue
+        if begin := tensor.data_ptr():
+            sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in sizes_and_strides)
+            ranges.append((begin, begin + (last + 1) * tensor.element_size()))
+    ranges.sort()
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ranges))
