@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -25,11 +26,45 @@ inline const char* end_of(const Span& span) {
   return static_cast<const char*>(span.data) + span.numel * element_size(span.dtype);
 }
 
+// Lists known to be free of overlap. The same few are asked about in every step, and comparing one
+// takes a small part of the time of sorting it. Only addresses and sizes are kept, which decide the
+// answer whatever has become of the tensors.
+class DisjointLists {
+ public:
+  bool contains(const std::vector<Span>& spans) const {
+    return std::any_of(lists_.begin(), lists_.end(),
+                       [&](const std::vector<Span>& list) { return are_same(list, spans); });
+  }
+
+  // Replaces the list that was added first.
+  void add(const std::vector<Span>& spans) {
+    lists_[next_] = spans;
+    next_ = (next_ + 1) % lists_.size();
+  }
+
+ private:
+  static bool are_same(const std::vector<Span>& some, const std::vector<Span>& others) {
+    return std::equal(some.begin(), some.end(), others.begin(), others.end(),
+                      [](const Span& a, const Span& b) {
+                        return a.data == b.data && a.numel == b.numel && a.dtype == b.dtype;
+                      });
+  }
+
+  // For two groups of parameters, each with and without its weights.
+  std::array<std::vector<Span>, 4> lists_;
+  size_t next_ = 0;
+};
+
 inline bool share_memory(const FlatIndex& index) {
+  thread_local DisjointLists known;
+  if (known.contains(index.spans())) return false;
   const std::vector<Span> spans = sorted_by_address(index);
-  return std::adjacent_find(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
-           return static_cast<const char*>(b.data) < end_of(a);
-         }) != spans.end();
+  const auto shared = std::adjacent_find(
+      spans.begin(), spans.end(),
+      [](const Span& a, const Span& b) { return static_cast<const char*>(b.data) < end_of(a); });
+  if (shared != spans.end()) return true;
+  known.add(index.spans());
+  return false;
 }
 
 // The spans in as few groups as can be, so that within a group none shares memory with another: a

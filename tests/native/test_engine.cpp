@@ -13,6 +13,7 @@
 #include "core/duplicates.h"
 #include "core/flat_index.h"
 #include "core/norm.h"
+#include "core/overlap.h"
 #include "core/span.h"
 #include "core/units.h"
 #include "cpu/passes.h"
@@ -251,6 +252,29 @@ void test_any_twice() {
   }
 }
 
+// Whatever lists were asked about before.
+void test_share_memory() {
+  char* memory = reinterpret_cast<char*>(uintptr_t{1} << 40);
+  const Span first = {memory, 100, DType::kFloat32};
+  const auto share = [](std::vector<Span> spans) { return share_memory(FlatIndex(spans)); };
+  for (int round = 0; round < 3; ++round) {
+    for (int64_t shift = 0; shift < 6; ++shift) {
+      char* behind = memory + 400 + 16 * shift;
+      CHECK(!share({first, {behind, 7, DType::kFloat64}}));
+      CHECK(!share({{behind, 7, DType::kFloat64}, first}));
+      // As long, in another dtype or from another address.
+      CHECK(share({first, {behind, 7, DType::kFloat64}, {behind + 48, 7, DType::kFloat64}}));
+      CHECK(share({{memory, 101 + 4 * shift, DType::kFloat32}, {behind, 7, DType::kFloat64}}));
+      CHECK(share({{memory, 100, DType::kFloat64}, {behind, 7, DType::kFloat64}}));
+      CHECK(share({first, {behind - 4 - 16 * shift, 7, DType::kFloat64}}));
+      CHECK(share({first, first}));
+    }
+  }
+  CHECK(!share({first}));
+  CHECK(!share({}));
+  CHECK(!share({first, {memory, 0, DType::kFloat32}}));
+}
+
 void test_unit_limit() {
   const UnitLimit limit = {0.5, 1e-3};
   CHECK(limit.coefficient(2.0, 4.0) == 0.25);
@@ -300,6 +324,7 @@ int main() {
   gradclip::test_power_sum();
   gradclip::test_clip_coefficient();
   gradclip::test_any_twice();
+  gradclip::test_share_memory();
   gradclip::test_numbers();
   gradclip::test_decay();
   gradclip::test_unit_limit();
