@@ -18,7 +18,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-from find_cuda import Toolkit, architecture_list, find_toolkit, jobs
+from find_cuda import NVCC_OPTIONS, Toolkit, architecture_list, find_toolkit, jobs
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
@@ -262,8 +262,7 @@ def prepare_for_cuda(
         # The architectures are given here, since torch adds none if it finds the letters "arch" in
         # any other option, even in the name of a folder.
         "nvcc": [
-            "-O3",
-            "--expt-relaxed-constexpr",
+            *NVCC_OPTIONS,
             "-Xcompiler=-fvisibility=hidden",
             f"--threads={threads}",
             *options,

@@ -67,6 +67,7 @@ class Resources(NamedTuple):
 class Instruction(NamedTuple):
     """A line of the disassembly."""
 
+    address: int
     predicate: str
     opcode: str
     operands: str
@@ -91,13 +92,15 @@ def resources_of_kernels(report: str) -> dict[str, Resources]:
 
 def instructions_of_kernels(listing: str) -> dict[str, list[Instruction]]:
     """Returns the instructions of each kernel in the output of cuobjdump -sass, by mangled name."""
-    line = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
+    line = re.compile(
+        r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M
+    )
     found = {}
     for part in listing.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         found[name.strip()] = [
-            Instruction(predicate, opcode, operands.strip())
-            for predicate, opcode, operands in line.findall(body)
+            Instruction(int(address, 16), predicate, opcode, operands.strip())
+            for address, predicate, opcode, operands in line.findall(body)
         ]
     return found
 
@@ -153,15 +156,22 @@ def _reads(operands: str, vectors: list[str]) -> bool:
 
 
 def before_wait(instructions: list[Instruction]) -> Iterator[str]:
-    """Yields what must not come before the wait: access to global memory, an exit, a jump."""
+    """Yields what must not come before the wait: access to global memory, a way past it."""
+    wait = next((i.address for i in instructions if i.kind == WAIT), None)
     for instruction in instructions:
-        if instruction.kind == WAIT:
+        if instruction.address == wait:
             return
         if instruction.kind in {"LDG", "LD", "STG", "ST", "RED", "ATOM", "ATOMG"}:
             yield f"{instruction.opcode} before the wait"
-        elif _jumps(instruction):
+        elif _jumps(instruction) and (wait is None or not _stays_before(instruction, wait)):
             yield f"{instruction.opcode} that may pass the wait"
     yield f"no wait ({WAIT})"
+
+
+def _stays_before(jump: Instruction, wait: int) -> bool:
+    """Whether a jump leads to an address up to that of the wait, as a loop before it does."""
+    target = re.fullmatch(r"(?:!?U?P\w+, )?0x([0-9a-f]+)", jump.operands)
+    return jump.kind == "BRA" and target is not None and int(target[1], 16) <= wait
 
 
 def violations(
@@ -225,7 +235,7 @@ def find_cuobjdump(toolkit: find_cuda.Toolkit) -> Path:
 def compile_kernels(toolkit: find_cuda.Toolkit, architecture: str, output: Path) -> str:
     """Writes the machine code to `output`; returns the report of ptxas."""
     # As setup.py does, except for the C++ standard, which torch chooses there.
-    command = [toolkit.nvcc, "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
+    command = [toolkit.nvcc, *find_cuda.NVCC_OPTIONS, "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
     command += ["-cubin", f"-arch={architecture}", ROOT / "csrc/cuda/launch.cu", "-o", output]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:

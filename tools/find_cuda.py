@@ -19,6 +19,9 @@ from typing import NamedTuple
 MINIMUM_ARCHITECTURE = 75
 # Where NVIDIA's own installer puts it, without setting any environment variable.
 DEFAULT_HOME = Path("/usr/local/cuda")
+# However the kernels are compiled. Where a product is fused with a sum is for the source to say, by
+# fma(): left to the compiler, two kernels that share a formula could give different bits.
+NVCC_OPTIONS = ["-O3", "--expt-relaxed-constexpr", "--fmad=false"]
 
 
 class Toolkit(NamedTuple):

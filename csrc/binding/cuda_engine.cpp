@@ -65,9 +65,9 @@ class Queue {
   c10::cuda::CUDAStream stream_;
 };
 
-cuda::Plan plan_of(const FlatIndex& index) {
+cuda::Plan plan_of(const FlatIndex& index, const cuda::Companions& companions = {}) {
   cuda::Plan plan;
-  check(cuda::make_plan(index, /*decay=*/nullptr, &plan));
+  check(cuda::make_plan(index, companions, &plan));
   return plan;
 }
 
@@ -139,18 +139,6 @@ cuda::Clip clip_by_given(const Scalar& given, bool is_coefficient, const Scalar&
   return clip;
 }
 
-// The places of the tensors that are not empty among those listed; undefined if none is left out.
-at::Tensor positions_on(const Queue& queue, const TensorList& tensors) {
-  const std::vector<int64_t> positions = tensors.positions();
-  const int64_t count = static_cast<int64_t>(positions.size());
-  if (count == tensors.listed()) return at::Tensor();
-  const at::Tensor on_host(at::detail::empty_cpu({count}, at::kLong));
-  std::copy(positions.begin(), positions.end(), on_host.mutable_data_ptr<int64_t>());
-  const at::Tensor result = queue.empty(at::kLong, {count});
-  result.copy_(on_host, /*non_blocking=*/true);
-  return result;
-}
-
 // Whether each gradient and its parameter have the same offset from a 16-byte boundary, so that a
 // vector load of either holds the same elements.
 bool have_same_alignment(const FlatIndex& index, const std::vector<const void*>& parameters) {
@@ -161,10 +149,12 @@ bool have_same_alignment(const FlatIndex& index, const std::vector<const void*>&
   return true;
 }
 
-Norms norms_of(const Queue& queue, const TensorList& tensors, int64_t count, const cuda::Plan& plan,
+// For a plan with positions, of a list of which `listed` are counted.
+Norms norms_of(const Queue& queue, int64_t listed, const FlatIndex& index, const cuda::Plan& plan,
                Norm kind, Precision precision) {
   const at::Tensor total = queue.empty(at::kDouble);
-  const at::Tensor compact = queue.empty(at::kDouble, {count});
+  const at::Tensor each = queue.empty(at::kDouble, {listed});
+  if (index.tensors() < listed) each.zero_();
   const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan.partials(), 1));
   const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan.slots(), 1));
   double* partial = static_cast<double*>(partials.get());
@@ -172,22 +162,17 @@ Norms norms_of(const Queue& queue, const TensorList& tensors, int64_t count, con
   check(cuda::power_sums(plan, kind, precision, partial, slot, queue.stream()));
   check(cuda::finish(kind, partial, plan.partials(), nullptr, DType::kFloat64,
                      total.mutable_data_ptr(), queue.stream()));
-  check(cuda::tensor_norms(plan, kind, slot, compact.mutable_data_ptr<double>(), queue.stream()));
-  const at::Tensor positions = positions_on(queue, tensors);
-  if (!positions.defined()) return {total, compact};
-  const at::Tensor each = queue.empty(at::kDouble, {tensors.listed()});
-  each.zero_();
-  each.index_copy_(0, positions, compact);
+  check(cuda::tensor_norms(plan, kind, slot, each.mutable_data_ptr<double>(), queue.stream()));
   return {total, each};
 }
 
 // The plan of a launch that adds the decay, if the device and the alignment of the tensors allow
 // it.
-std::optional<cuda::Plan> decaying_plan(const FlatIndex& index, const Decay& decay,
+std::optional<cuda::Plan> decaying_plan(const FlatIndex& index, const cuda::Companions& companions,
                                         const std::vector<const void*>& parameters) {
   if (!have_same_alignment(index, parameters)) return std::nullopt;
   cuda::Plan plan;
-  const cudaError_t error = cuda::make_plan(index, &decay, &plan);
+  const cudaError_t error = cuda::make_plan(index, companions, &plan);
   if (error == cudaErrorNotSupported) return std::nullopt;
   check(error);
   return plan;
@@ -255,10 +240,12 @@ class CudaEngine final : public Engine {
 
   std::optional<Norms> norms(const TensorList& tensors, Norm kind, Precision precision,
                              const WeightDecay* decay) const override {
+    const std::vector<int64_t> positions = tensors.positions();
     if (decay == nullptr) {
       const Queue queue(tensors);
       const FlatIndex& index = tensors.index_for_reading();
-      return norms_of(queue, tensors, index.tensors(), plan_of(index), kind, precision);
+      const cuda::Plan plan = plan_of(index, {nullptr, positions.data()});
+      return norms_of(queue, tensors.listed(), index, plan, kind, precision);
     }
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
     if (indices.size() != 1) return std::nullopt;
@@ -266,9 +253,10 @@ class CudaEngine final : public Engine {
     const std::vector<const void*> parameters = decay->parameters.pointers();
     const Decay added = {decay->factor, parameters.data()};
     const Queue queue(tensors);
-    const std::optional<cuda::Plan> plan = decaying_plan(index, added, parameters);
+    const std::optional<cuda::Plan> plan =
+        decaying_plan(index, {&added, positions.data()}, parameters);
     if (!plan) return std::nullopt;
-    return norms_of(queue, tensors, index.tensors(), *plan, kind, precision);
+    return norms_of(queue, tensors.listed(), index, *plan, kind, precision);
   }
 
   void scale(const TensorList& tensors, const Scalar& coefficient) const override {
@@ -289,11 +277,9 @@ class CudaEngine final : public Engine {
     const Queue queue(tensors);
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
     if (indices.size() != 1) return false;
-    const at::Tensor positions = positions_on(queue, tensors);
-    const at::Tensor compact =
-        positions.defined() ? coefficients.index_select(0, positions) : coefficients;
-    check(cuda::scale_each(plan_of(indices.front()), compact.const_data_ptr<double>(),
-                           queue.stream()));
+    const std::vector<int64_t> positions = tensors.positions();
+    const cuda::Plan plan = plan_of(indices.front(), {nullptr, positions.data()});
+    check(cuda::scale_each(plan, coefficients.const_data_ptr<double>(), queue.stream()));
     return true;
   }
 
@@ -309,7 +295,7 @@ class CudaEngine final : public Engine {
     const std::vector<const void*> parameters = decay.parameters.pointers();
     const Decay added = {decay.factor, parameters.data()};
     const Queue queue(tensors);
-    const std::optional<cuda::Plan> plan = decaying_plan(index, added, parameters);
+    const std::optional<cuda::Plan> plan = decaying_plan(index, {&added, nullptr}, parameters);
     if (!plan) return false;
     const c10::DataPtr partials = queue.scratch(std::max<int64_t>(plan->partials(), 1));
     const c10::DataPtr slots = queue.scratch(std::max<int64_t>(plan->slots(), 1));

@@ -37,6 +37,18 @@ GRADCLIP_HOST_DEVICE constexpr Range tiles_of_worker(int64_t worker, int64_t wor
   return {worker * tiles / workers, (worker + 1) * tiles / workers};
 }
 
+// The same for fewer than 2^16 workers and 2^32 tiles, without a 64-bit division, which takes a GPU
+// a function call.
+GRADCLIP_HOST_DEVICE constexpr Range tiles_of_worker(uint32_t worker, uint32_t workers,
+                                                     uint32_t tiles) {
+  const uint32_t each = tiles / workers;
+  const uint32_t rest = tiles - each * workers;
+  const auto begin = [&](uint32_t before) {
+    return static_cast<int64_t>(uint64_t{before} * each + before * rest / workers);
+  };
+  return {begin(worker), begin(worker + 1)};
+}
+
 // A worker writes one partial per tensor it touches. Moving to the next tensor and moving to the
 // next worker both advance the slot by one, so every (tensor, worker) pair that meets has a slot of
 // its own, and walking the slots in order is walking the flat space in order.
@@ -55,13 +67,13 @@ GRADCLIP_HOST_DEVICE constexpr int64_t worker_of_tile(int64_t tile, int64_t work
 }
 
 // The tensor that holds `tile`; `first_tile` holds the first tile of each tensor, ascending.
-template <class Integer>
-GRADCLIP_HOST_DEVICE constexpr int64_t find_tensor(const Integer* first_tile, int64_t tensors,
-                                                   int64_t tile) {
-  int64_t low = 0;
-  int64_t high = tensors;
+template <class Integer, class Count>
+GRADCLIP_HOST_DEVICE constexpr Count find_tensor(const Integer* first_tile, Count tensors,
+                                                 int64_t tile) {
+  Count low = 0;
+  Count high = tensors;
   while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
+    const Count middle = low + (high - low) / 2;
     (static_cast<int64_t>(first_tile[middle]) <= tile ? low : high) = middle;
   }
   return low;

@@ -19,15 +19,29 @@
 
 namespace gradclip::cuda {
 
-// Calls visit(tensor, data, numel, dtype) for the parts of tensors in these tiles, in ascending or
+// A worker's tiles, and the tensor that the first of them is part of; the last if it goes backward.
+struct Share {
+  Range tiles;
+  int tensor;
+};
+
+// Reads nothing but the table.
+template <bool kForward, class AnyTable>
+__device__ __forceinline__ Share share_of_worker(const AnyTable& table, int worker) {
+  const Range tiles = tiles_of_worker(static_cast<uint32_t>(worker),
+                                      static_cast<uint32_t>(table.workers), table.tiles);
+  const int64_t first = kForward ? tiles.begin : tiles.end - 1;
+  return {tiles, find_tensor(table.first_tile, table.tensors, first)};
+}
+
+// Calls visit(tensor, data, numel, dtype) for the parts of tensors in a share, in ascending or
 // descending order.
 template <bool kForward, class AnyTable, class Visit>
-__device__ __forceinline__ void for_segments(const AnyTable& table, Range tiles,
+__device__ __forceinline__ void for_segments(const AnyTable& table, const Share& share,
                                              const Visit& visit) {
-  int64_t begin = tiles.begin;
-  int64_t end = tiles.end;
-  int tensor =
-      static_cast<int>(find_tensor(table.first_tile, table.tensors, kForward ? begin : end - 1));
+  int64_t begin = share.tiles.begin;
+  int64_t end = share.tiles.end;
+  int tensor = share.tensor;
 #pragma unroll 1
   while (begin < end) {
     const int64_t first = table.first_tile[tensor];
@@ -86,9 +100,9 @@ struct Sums {
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable, class MeasurePart>
 __device__ __forceinline__ double measured_worker(const AnyTable& table, int worker, double* slots,
                                                   const MeasurePart& measure_part) {
-  const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
+  const Share share = share_of_worker<true>(table, worker);
   Sums<kNorm, kPerTensor> sums = {Accumulator<kNorm>::zero(), Accumulator<kNorm>::zero()};
-  for_segments<true>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
+  for_segments<true>(table, share, [&](int tensor, char* data, int64_t numel, DType dtype) {
     with_dtype<kThreads>(data, numel, dtype,
                          [&](const auto& segment) { measure_part(tensor, segment, &sums); });
     if constexpr (kPerTensor) {
@@ -100,7 +114,7 @@ __device__ __forceinline__ double measured_worker(const AnyTable& table, int wor
         slots[slot] = of_tensor;
         // Worker and tensor begin on the same tile, so tensor + worker skipped a slot.
         if (slot > 0 && table.first_worker + worker > 0 &&
-            table.first_tile[tensor] == tiles.begin) {
+            table.first_tile[tensor] == share.tiles.begin) {
           slots[slot - 1] = 0.0;
         }
       }
@@ -115,32 +129,46 @@ __device__ __forceinline__ void leave_partial(const AnyTable& table, int worker,
   if (threadIdx.x == 0) partials[table.first_worker + worker] = sum;
 }
 
-// If the table holds parameters, a multiple of each is added to its gradient first.
+// Measures a part of a tensor; if the table holds parameters, after a multiple of the parameter was
+// added to it. (Not in the lambda that calls it, where nvcc 11.8 compiles both branches.)
+template <Norm kNorm, class AnyTable, class AnySegment, class AnySums>
+__device__ __forceinline__ void measure_segment(const AnyTable& table, int tensor,
+                                                const AnySegment& segment, Precision precision,
+                                                AnySums* sums) {
+  if constexpr (AnyTable::kDecays) {
+    const int64_t offset = segment.data - static_cast<char*>(table.data[tensor]);
+    const char* parameter = static_cast<const char*>(table.parameters[tensor]) + offset;
+    decay_and_measure<kNorm>(segment, parameter, table.factor, precision, sums);
+  } else {
+    measure<kNorm>(segment, precision, sums);
+  }
+}
+
 template <Norm kNorm, bool kPerTensor, int kThreads, class AnyTable>
 __device__ __forceinline__ void power_sums_body(const AnyTable& table, Precision precision,
                                                 double* partials, double* slots) {
   const int worker = static_cast<int>(blockIdx.x);
   const double sum = measured_worker<kNorm, kPerTensor, kThreads>(
       table, worker, slots, [&](int tensor, const auto& segment, auto* sums) {
-        if constexpr (AnyTable::kDecays) {
-          const int64_t offset = segment.data - static_cast<char*>(table.data[tensor]);
-          const char* parameter = static_cast<const char*>(table.parameters[tensor]) + offset;
-          decay_and_measure<kNorm>(segment, parameter, table.factor, precision, sums);
-        } else {
-          (void)tensor;
-          measure<kNorm>(segment, precision, sums);
-        }
+        measure_segment<kNorm>(table, tensor, segment, precision, sums);
       });
   leave_partial(table, worker, sum, partials);
 }
 
-// The power sum of all workers, in the first thread. Every block adds in the same order.
+// The power sum of all workers, in the first thread. Every block adds in the same order, each
+// thread with several loads in flight; 0 for what is not there changes no sum.
 template <Norm kNorm, int kThreads>
 __device__ __forceinline__ double folded_partials(const double* partials, int count) {
   Accumulator<kNorm> own = Accumulator<kNorm>::zero();
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    own.add(load_result(partials + i));
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kLoads * kThreads) {
+    double loaded[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      loaded[k] = i + k * kThreads < count ? load_result(partials + i + k * kThreads) : 0.0;
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) own.add(loaded[k]);
   }
   return block_total<kThreads>(own).value();
 }
@@ -211,27 +239,28 @@ __device__ __forceinline__ void scale_segment(char* data, int64_t numel, DType d
   });
 }
 
-// Multiplies the worker's tiles back to front, so that what was measured last, and is still in the
-// L2 cache, is written first. A coefficient of exactly 1 writes nothing; NaN has to be written.
+// Multiplies a share back to front, so that what was measured last, and is still in the L2 cache,
+// is written first. A coefficient of exactly 1 writes nothing; NaN has to be written.
 template <int kThreads, class AnyTable>
-__device__ __forceinline__ void scale_worker(const AnyTable& table, int worker,
-                                             double coefficient) {
+__device__ __forceinline__ void scale_share(const AnyTable& table, const Share& share,
+                                            double coefficient) {
   if (coefficient == 1.0) return;
-  const Range tiles = tiles_of_worker(worker, table.workers, table.tiles);
-  for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
+  for_segments<false>(table, share, [&](int, char* data, int64_t numel, DType dtype) {
     scale_segment<kThreads>(data, numel, dtype, coefficient);
   });
 }
 
-// The workers that measured last come first.
+// The share of a block that writes: what was measured last comes first.
 template <class AnyTable>
-__device__ __forceinline__ int worker_from_the_back(const AnyTable& table) {
-  return table.workers - 1 - static_cast<int>(blockIdx.x);
+__device__ __forceinline__ Share share_from_the_back(const AnyTable& table) {
+  return share_of_worker<false>(table, table.workers - 1 - static_cast<int>(blockIdx.x));
 }
 
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& clip) {
-  // Before anything else in every thread: before any exit, any load of results and any store.
+  // Needs the table alone, so it does not have to wait.
+  const Share share = share_from_the_back(table);
+  // In every thread before any exit, any load of results and any store.
   wait_for_previous_kernel();
   double norm = 0.0;
   if (clip.partials != nullptr) {
@@ -239,16 +268,16 @@ __device__ __forceinline__ void scale_body(const AnyTable& table, const Clip& cl
   } else if (threadIdx.x == 0) {
     norm = value_of(clip.given_norm);
   }
-  scale_worker<kThreads>(table, worker_from_the_back(table), shared_coefficient(clip, norm));
+  scale_share<kThreads>(table, share, shared_coefficient(clip, norm));
 }
 
 // Multiplies each tensor by its own coefficient: 1 writes nothing, 0 clears, including NaN and
 // infinity.
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void scale_each_body(const AnyTable& table, const double* coefficients) {
-  const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
-  for_segments<false>(table, tiles, [&](int tensor, char* data, int64_t numel, DType dtype) {
-    const double coefficient = coefficients[table.first_tensor + tensor];
+  const Share share = share_from_the_back(table);
+  for_segments<false>(table, share, [&](int tensor, char* data, int64_t numel, DType dtype) {
+    const double coefficient = coefficients[table.positions[tensor]];
     if (coefficient == 1.0) return;
     if (coefficient != 0.0) return scale_segment<kThreads>(data, numel, dtype, coefficient);
     with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) { apply(segment, Clear()); });
@@ -258,10 +287,11 @@ __device__ __forceinline__ void scale_each_body(const AnyTable& table, const dou
 template <int kThreads, class AnyTable>
 __device__ __forceinline__ void clamp_body(const AnyTable& table, double bound) {
   const Clamp clamp = {static_cast<float>(bound), bound};
-  const Range tiles = tiles_of_worker(worker_from_the_back(table), table.workers, table.tiles);
-  for_segments<false>(table, tiles, [&](int, char* data, int64_t numel, DType dtype) {
-    with_dtype<kThreads>(data, numel, dtype, [&](const auto& segment) { apply(segment, clamp); });
-  });
+  for_segments<false>(table, share_from_the_back(table),
+                      [&](int, char* data, int64_t numel, DType dtype) {
+                        with_dtype<kThreads>(data, numel, dtype,
+                                             [&](const auto& segment) { apply(segment, clamp); });
+                      });
 }
 
 // A whole small list in one block and one launch: norm, barrier, scale.
@@ -271,7 +301,8 @@ __device__ __forceinline__ void clip_in_one_block_body(const AnyTable& table, Pr
   const double sum = measured_worker<kNorm, false, kThreads>(
       table, 0, nullptr,
       [&](int, const auto& segment, auto* sums) { measure<kNorm>(segment, precision, sums); });
-  scale_worker<kThreads>(table, 0, shared_coefficient(clip, finish(kNorm, sum)));
+  scale_share<kThreads>(table, share_from_the_back(table),
+                        shared_coefficient(clip, finish(kNorm, sum)));
 }
 
 // The norm of one row, in the first thread.
@@ -297,7 +328,7 @@ __device__ __forceinline__ void clip_rows_body(const AnyTable& table, const Unit
   double own_smallest = 1.0;
 #pragma unroll 1
   for (int64_t row = worker; row < table.rows; row += table.workers) {
-    const int tensor = static_cast<int>(find_tensor(table.first_row, table.tensors, row));
+    const int tensor = find_tensor(table.first_row, table.tensors, row);
     const int64_t row_of_tensor = row - table.first_row[tensor];
     const uint64_t packed = table.gradient_row[tensor];
     const double weights_norm =
@@ -330,7 +361,8 @@ __device__ __forceinline__ void finish_body(Norm kind, const double* partials, i
   if (norm_result != nullptr) write_norm(finish(kind, sum), norm_dtype, norm_result);
 }
 
-// The norm of each tensor from the slots of measured_worker, a warp for each.
+// The norm of each tensor from the slots of measured_worker, a warp for each, to its place in the
+// caller's list.
 template <Norm kNorm, int kThreads, class AnyTable>
 __device__ __forceinline__ void tensor_norms_body(const AnyTable& table, const double* slots,
                                                   double* norms) {
@@ -349,7 +381,7 @@ __device__ __forceinline__ void tensor_norms_body(const AnyTable& table, const d
     own.add(load_result(slots + slot_of(number, worker)));
   }
   const double sum = warp_total(own).value();
-  if (thread % kWarpThreads == 0) norms[number] = finish(kNorm, sum);
+  if (thread % kWarpThreads == 0) norms[table.positions[tensor]] = finish(kNorm, sum);
 }
 
 }  // namespace gradclip::cuda

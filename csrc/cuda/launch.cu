@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <type_traits>
@@ -14,10 +15,12 @@ constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
 // The same for smaller blocks, which clip rows.
 constexpr int64_t kRowWorkersPerMultiprocessor = kResidentBlocksOfRow;
 
+constexpr bool kLargeParameters = GRADCLIP_LARGE_PARAMETERS;
+
 // Queried once per device.
 struct DeviceProperties {
   int multiprocessors = 0;
-  int largest_table = kMediumTable;
+  bool takes_large_parameters = false;
   // Whether the loaded code waits for the previous kernel, so that it may be launched early. Not
   // whether the device could: what the driver compiles from older PTX has no wait.
   bool can_start_early = false;
@@ -36,8 +39,9 @@ cudaError_t ask(int device, DeviceProperties* properties) {
   error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) return error;
   // From 12.3 on early starts also work in graphs.
-  properties->can_start_early = attributes.ptxVersion >= 90 && driver >= 12030;
-  if (attributes.ptxVersion >= 70 && driver >= 12010) properties->largest_table = kLargeTable;
+  properties->can_start_early = GRADCLIP_HAS_WAIT && attributes.ptxVersion >= 90 && driver >= 12030;
+  properties->takes_large_parameters =
+      kLargeParameters && attributes.ptxVersion >= 70 && driver >= 12010;
 #endif
   return cudaSuccess;
 }
@@ -73,6 +77,47 @@ cudaError_t with_norm(Norm kind, const Work& work) {
   return cudaErrorInvalidValue;
 }
 
+// Calls work(table) for each launch of a plan, with the smallest table that holds its tensors.
+template <class Work>
+cudaError_t for_each_table(const Plan& plan, const Work& work) {
+  if constexpr (kLargeParameters) {
+    return for_tables<Table, kSmallTable, kMediumTable, kWideTable, kLargeTable>(plan, work);
+  } else {
+    return for_tables<Table, kSmallTable, kMediumTable>(plan, work);
+  }
+}
+
+// The same with tables that hold positions.
+template <class Work>
+cudaError_t for_each_position_table(const Plan& plan, const Work& work) {
+  if constexpr (kLargeParameters) {
+    return for_tables<PositionTable, kSmallTable, kMediumPositionTable, kWideTable,
+                      kLargePositionTable>(plan, work);
+  } else {
+    return for_tables<PositionTable, kSmallTable, kMediumPositionTable>(plan, work);
+  }
+}
+
+template <class Work>
+cudaError_t for_each_border_table(const Plan& plan, const Work& work) {
+  if constexpr (kLargeParameters) {
+    return for_tables<BorderTable, kMediumTable, kLargeTable>(plan, work);
+  } else {
+    return for_tables<BorderTable, kMediumTable>(plan, work);
+  }
+}
+
+// The largest number of tensors in a launch.
+int64_t capacity_of(const DeviceProperties& properties, const Companions& companions) {
+  if (!properties.takes_large_parameters) {
+    return companions.positions != nullptr ? kMediumPositionTable : kMediumTable;
+  }
+  int64_t capacity = kLargeTable;
+  if (companions.positions != nullptr) capacity = kLargePositionTable;
+  if (companions.decay != nullptr) capacity = std::min<int64_t>(capacity, kLargeDecayTable);
+  return capacity;
+}
+
 }  // namespace
 
 #define GRADCLIP_STRING_OF(...) #__VA_ARGS__
@@ -86,13 +131,15 @@ const char* built_architectures() {
 #endif
 }
 
-cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan) {
+cudaError_t make_plan(const FlatIndex& index, const Companions& companions, Plan* plan) {
   DeviceProperties properties;
   const cudaError_t error = properties_of_current_device(&properties);
   if (error != cudaSuccess) return error;
-  if (decay != nullptr && properties.largest_table < kLargeTable) return cudaErrorNotSupported;
-  const int64_t capacity = decay != nullptr ? kLargeDecayTable : properties.largest_table;
-  *plan = Plan(index, decay, capacity, kWorkersPerMultiprocessor * properties.multiprocessors);
+  if (companions.decay != nullptr && !properties.takes_large_parameters) {
+    return cudaErrorNotSupported;
+  }
+  *plan = Plan(index, companions, capacity_of(properties, companions),
+               kWorkersPerMultiprocessor * properties.multiprocessors);
   return cudaSuccess;
 }
 
@@ -105,12 +152,16 @@ cudaError_t power_sums(const Plan& plan, Norm kind, Precision precision, double*
                            partials, slots);
     };
     if (plan.decays()) {
-      return for_decay_tables(plan, [&](const auto& table) {
-        using AnyTable = std::decay_t<decltype(table)>;
-        return measure(table, &power_sums_kernel<kNorm, true, AnyTable>);
-      });
+      if constexpr (kLargeParameters) {
+        return for_tables<DecayTable, kSmallTable, kLargeDecayTable>(plan, [&](const auto& table) {
+          using AnyTable = std::decay_t<decltype(table)>;
+          return measure(table, &power_sums_kernel<kNorm, true, AnyTable>);
+        });
+      } else {
+        return cudaErrorNotSupported;
+      }
     }
-    return for_tables(plan, [&](const auto& table) {
+    return for_each_table(plan, [&](const auto& table) {
       using AnyTable = std::decay_t<decltype(table)>;
       return measure(table, slots == nullptr ? &power_sums_kernel<kNorm, false, AnyTable>
                                              : &power_sums_kernel<kNorm, true, AnyTable>);
@@ -128,7 +179,7 @@ cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, doubl
                          cudaStream_t stream) {
   constexpr int64_t kTensorsPerBlock = kThreads / kWarpThreads;
   return with_norm(kind, [&](auto constant) {
-    return for_tables(plan, [&](const auto& table) {
+    return for_each_border_table(plan, [&](const auto& table) {
       using AnyTable = std::decay_t<decltype(table)>;
       const int64_t blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
       return launch_kernel(&tensor_norms_kernel<decltype(constant)::value, AnyTable>, blocks,
@@ -142,7 +193,7 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
   const cudaError_t error = properties_of_current_device(&properties);
   if (error != cudaSuccess) return error;
   bool first = true;
-  return for_tables(plan, [&](const auto& table) {
+  return for_each_table(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
     // The second of several follows a kernel that writes the same list, so it starts as usual.
     const bool start_early = early && first && properties.can_start_early;
@@ -153,7 +204,7 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
 }
 
 cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream) {
-  return for_tables(plan, [&](const auto& table) {
+  return for_each_position_table(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
     return launch_kernel(&scale_each_kernel<AnyTable>, table.workers, kThreads, stream, false,
                          table, coefficients);
@@ -161,7 +212,7 @@ cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_
 }
 
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream) {
-  return for_tables(plan, [&](const auto& table) {
+  return for_each_table(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
     return launch_kernel(&clamp_kernel<AnyTable>, table.workers, kThreads, stream, false, table,
                          bound);
@@ -188,7 +239,7 @@ cudaError_t clip_rows(const RowsPlan& plan, const UnitLimit& limit, double* smal
 cudaError_t clip_in_one_block(const Plan& plan, Precision precision, const Clip& clip,
                               cudaStream_t stream) {
   return with_norm(clip.kind, [&](auto constant) {
-    return for_tables(plan, [&](const auto& whole) {
+    return for_tables<Table, kSmallTable>(plan, [&](const auto& whole) {
       using AnyTable = std::decay_t<decltype(whole)>;
       AnyTable table = whole;
       table.workers = 1;

@@ -19,7 +19,7 @@ namespace gradclip::cuda {
 
 // A plan for the current device; see Plan. cudaErrorNotSupported if there is a decay and the device
 // does not take kernel parameters as large as its tables.
-cudaError_t make_plan(const FlatIndex& index, const Decay* decay, Plan* plan);
+cudaError_t make_plan(const FlatIndex& index, const Companions& companions, Plan* plan);
 
 // The compute capabilities there is code for, times a hundred: "800,900" for 8.0 and 9.0.
 const char* built_architectures();
@@ -34,7 +34,7 @@ cudaError_t power_sums(const Plan& plan, Norm kind, Precision precision, double*
 cudaError_t finish(Norm kind, const double* partials, int64_t count, double* power_sum,
                    DType norm_dtype, void* norm_result, cudaStream_t stream);
 
-// Reduces slots to the norm of each tensor.
+// Reduces slots to the norm of each tensor, at norms[position]; for a plan with positions.
 cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, double* norms,
                          cudaStream_t stream);
 
@@ -42,7 +42,8 @@ cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, doubl
 // previous one, which has to be a power_sums of this call, is still running.
 cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t stream);
 
-// Multiplies each tensor by a coefficient of its own; one of 0 clears NaN and infinity, too.
+// Multiplies each tensor by coefficients[position]; one of 0 clears NaN and infinity, too. For a
+// plan with positions.
 cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream);
 
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream);

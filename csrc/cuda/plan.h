@@ -23,16 +23,24 @@ struct Part {
   int64_t count() const { return tensors.end - tensors.begin; }
 };
 
+// What comes with each tensor of an index, where it is needed.
+struct Companions {
+  const Decay* decay = nullptr;
+  // The place of each tensor in the caller's list.
+  const int64_t* positions = nullptr;
+};
+
 class Plan {
  public:
   Plan() = default;
 
-  // With at most `capacity` tensors and `most_workers` workers per launch. `index` and `decay`,
-  // which may be null, have to outlive the plan.
-  Plan(const FlatIndex& index, const Decay* decay, int64_t capacity, int64_t most_workers);
+  // With at most `capacity` tensors and `most_workers` workers per launch. `index` and what
+  // `companions` points to have to outlive the plan.
+  Plan(const FlatIndex& index, const Companions& companions, int64_t capacity,
+       int64_t most_workers);
 
   const std::vector<Part>& parts() const { return parts_; }
-  bool decays() const { return decay_ != nullptr; }
+  bool decays() const { return companions_.decay != nullptr; }
 
   // How many doubles the measuring launches write: one per worker, and one per slot if the norm of
   // each tensor is requested.
@@ -42,6 +50,40 @@ class Plan {
   // Entries after the last tensor are neither written nor ever read.
   template <int kCapacity>
   void fill(const Part& part, Table<kCapacity>* table) const {
+    fill_borders(part, table);
+    for (int32_t i = 0; i < table->tensors; ++i) {
+      const Span& span = index_->spans()[static_cast<size_t>(part.tensors.begin + i)];
+      table->data[i] = span.data;
+      table->numel_and_dtype[i] = pack(span.numel, span.dtype);
+    }
+  }
+
+  // These two only for a plan with positions.
+  template <int kCapacity>
+  void fill(const Part& part, PositionTable<kCapacity>* table) const {
+    fill(part, static_cast<Table<kCapacity>*>(table));
+    fill_positions(part, table);
+  }
+
+  template <int kCapacity>
+  void fill(const Part& part, BorderTable<kCapacity>* table) const {
+    fill_borders(part, table);
+    fill_positions(part, table);
+  }
+
+  // Only for a plan that decays.
+  template <int kCapacity>
+  void fill(const Part& part, DecayTable<kCapacity>* table) const {
+    fill(part, static_cast<Table<kCapacity>*>(table));
+    for (int32_t i = 0; i < table->tensors; ++i) {
+      table->parameters[i] = companions_.decay->parameters[part.tensors.begin + i];
+    }
+    table->factor = companions_.decay->factor;
+  }
+
+ private:
+  template <class AnyTable>
+  void fill_borders(const Part& part, AnyTable* table) const {
     table->tensors = static_cast<int32_t>(part.count());
     table->tiles = static_cast<uint32_t>(part.tiles);
     table->workers = part.workers;
@@ -50,26 +92,20 @@ class Plan {
     const int64_t first_tile = index_->first_tile(part.tensors.begin);
     for (int32_t i = 0; i < table->tensors; ++i) {
       const int64_t tensor = part.tensors.begin + i;
-      const Span& span = index_->spans()[static_cast<size_t>(tensor)];
-      table->data[i] = span.data;
-      table->numel_and_dtype[i] = pack(span.numel, span.dtype);
       table->first_tile[i] = static_cast<uint32_t>(index_->first_tile(tensor) - first_tile);
     }
   }
 
-  // Only for a plan that decays.
-  template <int kCapacity>
-  void fill(const Part& part, DecayTable<kCapacity>* table) const {
-    fill(part, static_cast<Table<kCapacity>*>(table));
+  template <class AnyTable>
+  void fill_positions(const Part& part, AnyTable* table) const {
+    const int64_t* positions = companions_.positions + part.tensors.begin;
     for (int32_t i = 0; i < table->tensors; ++i) {
-      table->parameters[i] = decay_->parameters[part.tensors.begin + i];
+      table->positions[i] = static_cast<int32_t>(positions[i]);
     }
-    table->factor = decay_->factor;
   }
 
- private:
   const FlatIndex* index_ = nullptr;
-  const Decay* decay_ = nullptr;
+  Companions companions_;
   std::vector<Part> parts_;
   int64_t partials_ = 0;
 };
@@ -82,32 +118,25 @@ auto with_table(const Plan& plan, const Part& part, const Work& work) {
   return work(static_cast<const AnyTable&>(table));
 }
 
-// Calls work(table) for each part of the plan, with the smallest table that holds it, until one
-// answers with an error, which is whatever is not the zero of its type.
-template <class Work>
-auto for_tables(const Plan& plan, const Work& work) {
-  decltype(work(std::declval<const Table<kSmallTable>&>())) error{};
-  for (const Part& part : plan.parts()) {
-    if (part.count() <= kSmallTable) {
-      error = with_table<Table<kSmallTable>>(plan, part, work);
-    } else if (part.count() <= kMediumTable) {
-      error = with_table<Table<kMediumTable>>(plan, part, work);
-    } else {
-      error = with_table<Table<kLargeTable>>(plan, part, work);
+// Calls work(table) with the smallest of these tables that holds the part.
+template <template <int> class AnyTable, int kCapacity, int... kLarger, class Work>
+auto with_smallest_table(const Plan& plan, const Part& part, const Work& work) {
+  if constexpr (sizeof...(kLarger) > 0) {
+    if (part.count() > kCapacity) {
+      return with_smallest_table<AnyTable, kLarger...>(plan, part, work);
     }
-    if (error != decltype(error){}) break;
   }
-  return error;
+  return with_table<AnyTable<kCapacity>>(plan, part, work);
 }
 
-// The same with tables that also hold the parameters, of a plan that decays.
-template <class Work>
-auto for_decay_tables(const Plan& plan, const Work& work) {
-  decltype(work(std::declval<const DecayTable<kSmallTable>&>())) error{};
+// Calls work(table) for each part of the plan, with the smallest of the tables of these capacities
+// (ascending, the last holds every part), until one answers with an error, which is whatever is not
+// the zero of its type.
+template <template <int> class AnyTable, int kCapacity, int... kLarger, class Work>
+auto for_tables(const Plan& plan, const Work& work) {
+  decltype(work(std::declval<const AnyTable<kCapacity>&>())) error{};
   for (const Part& part : plan.parts()) {
-    error = part.count() <= kSmallTable
-                ? with_table<DecayTable<kSmallTable>>(plan, part, work)
-                : with_table<DecayTable<kLargeDecayTable>>(plan, part, work);
+    error = with_smallest_table<AnyTable, kCapacity, kLarger...>(plan, part, work);
     if (error != decltype(error){}) break;
   }
   return error;

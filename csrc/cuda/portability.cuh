@@ -17,6 +17,18 @@
 #include <cuda_runtime.h>
 #endif
 
+// CUDA 11 has no wait for the previous kernel, and takes 4 KB of parameters; see table.h.
+#if defined(GRADCLIP_EMULATION)
+#define GRADCLIP_HAS_WAIT 1
+#define GRADCLIP_LARGE_PARAMETERS 1
+#elif defined(__HIPCC__)
+#define GRADCLIP_HAS_WAIT 0
+#define GRADCLIP_LARGE_PARAMETERS 0
+#else
+#define GRADCLIP_HAS_WAIT (CUDART_VERSION >= 12000)
+#define GRADCLIP_LARGE_PARAMETERS (CUDART_VERSION >= 12010)
+#endif
+
 // A large, read-only kernel parameter: by value, but never copied to the stack.
 #if defined(GRADCLIP_EMULATION)
 #define GRADCLIP_GRID_CONSTANT(Type) const Type&
@@ -59,7 +71,7 @@ __device__ __forceinline__ double load_result(const double* pointer) {
 // Returns once the previous kernel in the stream has ended and its writes are visible; immediately
 // if the launch did not ask for an early start.
 __device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if GRADCLIP_HAS_WAIT && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }

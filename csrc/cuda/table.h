@@ -37,6 +37,25 @@ struct DecayTable : Table<kCapacity> {
   double factor;
 };
 
+// The same with the place of each tensor in the caller's list, which also counts parameters without
+// a gradient and empty tensors: 24 bytes per tensor.
+template <int kCapacity>
+struct PositionTable : Table<kCapacity> {
+  int32_t positions[kCapacity];
+};
+
+// What is needed to gather the sums of each tensor, and their places: 8 bytes per tensor.
+template <int kCapacity>
+struct BorderTable {
+  uint32_t first_tile[kCapacity];
+  int32_t positions[kCapacity];
+  int32_t tensors;
+  uint32_t tiles;
+  int32_t workers;
+  int32_t first_worker;
+  int32_t first_tensor;
+};
+
 // Gradients and their parameters by rows: 40 bytes per tensor.
 template <int kCapacity>
 struct RowsTable {
@@ -67,15 +86,17 @@ GRADCLIP_HOST_DEVICE constexpr DType dtype_of(uint64_t packed) {
   return static_cast<DType>(packed >> kDTypeShift);
 }
 
-// About 1, 4 and 32 KB. A launch takes the smallest that fits, since it copies every byte.
-// A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute capability 7.0
-// on.
+// A launch takes the smallest table that fits, since it copies every byte: about 1, 4, 10 and 32
+// KB. A kernel's parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 and compute
+// capability 7.0 on. Where only 4 KB are allowed, none above kMediumTable, kMediumPositionTable or
+// kRowsTable is used, and no DecayTable.
 inline constexpr int kSmallTable = 40;
 inline constexpr int kMediumTable = 190;
+inline constexpr int kWideTable = 480;
 inline constexpr int kLargeTable = 1600;
-// Only where 32,764 bytes are allowed.
 inline constexpr int kLargeDecayTable = 1100;
-// Less than 4 KB.
+inline constexpr int kMediumPositionTable = 160;
+inline constexpr int kLargePositionTable = 1350;
 inline constexpr int kRowsTable = 100;
 
 }  // namespace gradclip::cuda

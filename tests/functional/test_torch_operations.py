@@ -71,7 +71,9 @@ def test_no_multi_tensor_operation_writes_memory_that_tensors_share(case, write,
 
 def test_the_same_gradient_twice_with_multi_tensor_operations():
     gradient = torch.full((4,), 2.0)
-    norm = gradclip_ext.clip_grad_norm_(ref.parameters([gradient, gradient]), 1.0, 3.0, foreach=True)
+    norm = gradclip_ext.clip_grad_norm_(
+        ref.parameters([gradient, gradient]), 1.0, 3.0, foreach=True
+    )
     assert norm.item() == pytest.approx(4.0, rel=1e-6)
     assert gradient.tolist() == pytest.approx([2.0 / 16.0] * 4, rel=1e-5)
 

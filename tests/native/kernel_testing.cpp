@@ -81,18 +81,6 @@ Values random_values(double magnitude) {
   };
 }
 
-std::vector<SmallTable> tables_of(const FlatIndex& index, int64_t workers) {
-  const Plan plan(index, /*decay=*/nullptr, kCapacity, workers);
-  std::vector<SmallTable> tables;
-  for (const Part& part : plan.parts()) {
-    SmallTable table;
-    std::memset(&table, 0x77, sizeof table);
-    plan.fill(part, &table);
-    tables.push_back(table);
-  }
-  return tables;
-}
-
 int32_t workers_of(const std::vector<SmallTable>& tables) {
   return tables.back().first_worker + tables.back().workers;
 }
@@ -127,10 +115,10 @@ double run_finish(Norm kind, const Results& partials, int count, DType dtype, vo
   return power_sum;
 }
 
-Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm kind,
+Results run_tensor_norms(const std::vector<SmallBorderTable>& tables, int64_t tensors, Norm kind,
                          const Results& slots, Schedule schedule) {
   Results norms(tensors);
-  for (const SmallTable& table : tables) {
+  for (const SmallBorderTable& table : tables) {
     constexpr int kTensorsPerBlock = kThreads / emulation::kWarpThreads;
     const int blocks = (table.tensors + kTensorsPerBlock - 1) / kTensorsPerBlock;
     run_after_wait(blocks, schedule,

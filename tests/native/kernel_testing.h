@@ -18,6 +18,7 @@
 #include "core/norm.h"
 #include "core/span.h"
 #include "cuda/clip.h"
+#include "cuda/plan.h"
 #include "grid.h"
 #include "kernels.h"
 
@@ -183,7 +184,19 @@ class Gradients {
 };
 
 // The tables of a list, for this many workers in each launch.
-std::vector<SmallTable> tables_of(const FlatIndex& index, int64_t workers);
+template <class AnyTable = SmallTable>
+std::vector<AnyTable> tables_of(const FlatIndex& index, int64_t workers,
+                                const std::vector<int64_t>& positions = {}) {
+  const Plan plan(index, {nullptr, positions.data()}, kCapacity, workers);
+  std::vector<AnyTable> tables;
+  for (const Part& part : plan.parts()) {
+    AnyTable table;
+    std::memset(&table, 0x77, sizeof table);
+    plan.fill(part, &table);
+    tables.push_back(table);
+  }
+  return tables;
+}
 
 int32_t workers_of(const std::vector<SmallTable>& tables);
 
@@ -197,7 +210,7 @@ void run_after_wait(int blocks, Schedule schedule, std::function<void()> body);
 double run_finish(Norm kind, const Results& partials, int count, DType dtype, void* norm_result,
                   Schedule schedule);
 
-Results run_tensor_norms(const std::vector<SmallTable>& tables, int64_t tensors, Norm kind,
+Results run_tensor_norms(const std::vector<SmallBorderTable>& tables, int64_t tensors, Norm kind,
                          const Results& slots, Schedule schedule);
 
 void run_scale(const std::vector<SmallTable>& tables, const Clip& clip, Schedule schedule);

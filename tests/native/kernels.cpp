@@ -35,7 +35,7 @@ void power_sums_thread(const SmallTable& table, Norm kind, Precision precision, 
 
 void scale_thread(const SmallTable& table, const Clip& clip) { scale_body<kThreads>(table, clip); }
 
-void scale_each_thread(const SmallTable& table, const double* coefficients) {
+void scale_each_thread(const SmallPositionTable& table, const double* coefficients) {
   scale_each_body<kThreads>(table, coefficients);
 }
 
@@ -56,7 +56,8 @@ void finish_thread(Norm kind, const double* partials, int count, double* power_s
   finish_body<kThreads>(kind, partials, count, power_sum, norm_dtype, norm_result);
 }
 
-void tensor_norms_thread(const SmallTable& table, Norm kind, const double* slots, double* norms) {
+void tensor_norms_thread(const SmallBorderTable& table, Norm kind, const double* slots,
+                         double* norms) {
   with_norm(kind, [&](auto constant) {
     tensor_norms_body<decltype(constant)::value, kThreads>(table, slots, norms);
   });

@@ -80,7 +80,7 @@ def test_names():
 
 def test_listing():
     found = instructions(NORM, ["@!UP0 LDCU UR22, c[0x0][UR13+0x6784]", "EXIT"])
-    assert found == [("!UP0", "LDCU", "UR22, c[0x0][UR13+0x6784]"), ("", "EXIT", "")]
+    assert found == [(0, "!UP0", "LDCU", "UR22, c[0x0][UR13+0x6784]"), (16, "", "EXIT", "")]
 
 
 class TestNorm:
@@ -175,6 +175,17 @@ class TestWait:
     )
     def test_too_early(self, instruction, problem):
         assert problems(FINISH, [instruction, *self.CODE]) == [problem]
+
+    @pytest.mark.parametrize("jump", ["@P1 BRA 0x10", "BRA.U !UP0, 0x20", "BRA.U UP0, 0x0"])
+    def test_a_loop_before_it(self, jump):
+        # The wait is at 0x20.
+        assert problems(FINISH, [self.CODE[0], jump, *self.CODE[1:]]) == []
+
+    @pytest.mark.parametrize("jump", ["@!P1 BRA 0x30", "BRA.U UP0, 0x40", "BRX R4 -0x10"])
+    def test_a_jump_beyond_it(self, jump):
+        kind = jump.removeprefix("@!P1 ").split()[0]
+        found = problems(FINISH, [self.CODE[0], jump, *self.CODE[1:]])
+        assert found == [f"{kind} that may pass the wait"]
 
     def test_there_is_none_before_sm_90(self):
         code = [line for line in self.CODE if line != "ACQBULK"]

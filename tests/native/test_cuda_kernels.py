@@ -62,7 +62,7 @@ RULES = {
 BARRIER = "  __syncthreads();\n"
 WAIT = "  wait_for_previous_kernel();\n"
 SCALE = f"any store.\n{WAIT}"
-SCALE_WORKER = "double coefficient) {\n  "
+SCALE_SHARE = "double coefficient) {\n  "
 FINISH = f"void* norm_result) {{\n{WAIT}"
 TENSOR_NORMS = f"double* norms) {{\n{WAIT}"
 
@@ -111,7 +111,7 @@ MUTANTS = {
         "cuda/bodies.cuh",
         {
             SCALE: "any store.\n",
-            "load_result(partials + i)": "partials[i]",
+            "load_result(partials + i + k * kThreads)": "partials[i + k * kThreads]",
             "norm = value_of(clip.given_norm);\n  }\n": "norm = value_of(clip.given_norm);\n  }\n"
             + WAIT,
         },
@@ -162,6 +162,10 @@ MUTANTS = {
     "partials left out beyond one for each thread": (
         "cuda/bodies.cuh",
         {"i < count; i +=": "i < count && i < kThreads; i +="},
+    ),
+    "partials taken for 0 beyond one load of each thread": (
+        "cuda/bodies.cuh",
+        {"loaded[k] = i + k * kThreads < count ?": "loaded[k] = k == 0 ?"},
     ),
     # Rows.
     "no barrier before the coefficient of a row is read": (
@@ -216,7 +220,7 @@ MUTANTS = {
     ),
     "coefficient of NaN taken for 1": (
         "cuda/bodies.cuh",
-        {f"{SCALE_WORKER}if (coefficient == 1.0)": f"{SCALE_WORKER}if (!(coefficient < 1.0))"},
+        {f"{SCALE_SHARE}if (coefficient == 1.0)": f"{SCALE_SHARE}if (!(coefficient < 1.0))"},
     ),
     "minimum that drops NaN": (
         "core/norm.h",
@@ -224,15 +228,19 @@ MUTANTS = {
     ),
     "coefficient of 1 multiplied with": (
         "cuda/bodies.cuh",
-        {f"{SCALE_WORKER}if (coefficient == 1.0) return;": SCALE_WORKER},
+        {f"{SCALE_SHARE}if (coefficient == 1.0) return;": SCALE_SHARE},
     ),
     "infinity multiplied with 0 where it should be cleared": (
         "cuda/bodies.cuh",
         {"if (coefficient != 0.0) return": "if (true) return"},
     ),
-    "coefficients of a second launch taken from the first": (
+    "coefficients taken without regard to places": (
         "cuda/bodies.cuh",
-        {"coefficients[table.first_tensor + tensor]": "coefficients[tensor]"},
+        {"coefficients[table.positions[tensor]]": "coefficients[table.first_tensor + tensor]"},
+    ),
+    "norms of tensors left without regard to places": (
+        "cuda/bodies.cuh",
+        {"norms[table.positions[tensor]]": "norms[number]"},
     ),
     "tiny coefficient in float32": (
         "cuda/bodies.cuh",

@@ -20,11 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import linked, object_file, shared_folder
-from suites import device_suites
+from suites import TESTS, device_suites
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
+# Importing the plugin of hypothesis takes as long as many a suite, and adds nothing here.
+PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+PYTEST_OPTIONS += ["-m", "not cpu_only"]
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +81,39 @@ def run(package_folder: Path, arguments: list[str], **environment: str):
 
 @pytest.mark.parametrize("suite", device_suites(), ids=lambda file: file.stem)
 def test_suite(suite, package_folder):
-    # Importing the plugin of hypothesis takes as long as many a suite, and adds nothing here.
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-m", "not cpu_only"]
-    result = run(package_folder, ["-m", "pytest", *options, str(suite)])
+    result = run(package_folder, ["-m", "pytest", *PYTEST_OPTIONS, str(suite)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 1
 
 
+def test_driver_that_takes_no_large_tables(package_folder):
+    # Lists of hundreds of tensors take several launches then, and weight decay is declined.
+    files = ["functional/test_lists.py", "norms", "textbook/test_add_weight_decay.py"]
+    result = run(
+        package_folder,
+        ["-m", "pytest", *PYTEST_OPTIONS, *(str(TESTS / file) for file in files)],
+        GRADCLIP_EMULATED_DRIVER="12000",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    code = "import torch, gradclip_ext; gradclip_ext.get_total_norm([torch.ones(4)] * 191)"
+    for driver, launches in [("12000", 3), ("12010", 2)]:
+        result = run(
+            package_folder,
+            ["-c", code],
+            GRADCLIP_EMULATED_DRIVER=driver,
+            GRADCLIP_COUNT_LAUNCHES="1",
+        )
+        assert result.stderr.splitlines()[-1] == f"{launches} kernels launched"
+
+
 SMALL, LARGE = "[torch.ones(100), torch.ones(7)]", "[torch.ones(1000, 1000), torch.ones(7)]"
+# Up to 8 tensors of 256 KB together take one block and one launch.
+EIGHT, NINE = "[torch.ones(8192) for _ in range(8)]", "[torch.ones(1) for _ in range(9)]"
 CALLS = [
     (f"gradclip_ext.clip_grad_norm_(with_grads({SMALL}), 1.0)", 1),
+    (f"gradclip_ext.clip_grad_norm_(with_grads({EIGHT}), 1.0)", 1),
+    (f"gradclip_ext.clip_grad_norm_(with_grads({NINE}), 1.0)", 2),
+    ("gradclip_ext.clip_grad_norm_(with_grads([torch.ones(65537)]), 1.0)", 2),
     (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE}), 1.0)", 2),
     (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE}), 1e9)", 2),
     (f"gradclip_ext.clip_grad_norm_(with_grads({LARGE} * 2), 1.0)", 3),
@@ -96,6 +122,10 @@ CALLS = [
     (f"gradclip_ext.clip_grads_with_norm_(with_grads({LARGE}), 1.0, 5.0)", 1),
     (f"gradclip_ext.clip_grad_value_(with_grads({LARGE}), 0.5)", 1),
     ("gradclip_ext.get_total_norm([torch.ones(4) for _ in range(1601)])", 3),
+    (f"gradclip_ext.grad_norms(with_grads({SMALL}))", 3),
+    # Frozen parameters take no launch of their own.
+    (f"gradclip_ext.grad_norms([torch.nn.Parameter(torch.ones(2)), *with_grads({SMALL})])", 3),
+    ("gradclip_ext.grad_norms(with_grads([torch.ones(4) for _ in range(1351)]))", 5),
 ]
 
 

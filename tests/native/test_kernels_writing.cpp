@@ -166,6 +166,10 @@ void test_one_block() {
 // Each tensor by its own coefficient: 1 leaves it alone, 0 clears also what is not finite.
 void test_scale_each() {
   const double coefficients[] = {0.375, 0.0, 1.0, kNaN, 1e-40, 1.0, 0.0};
+  // Where the coefficients are in a list that also counts parameters without a gradient.
+  const std::vector<int64_t> positions = {1, 2, 4, 5, 6, 9, 10};
+  std::vector<double> listed(12, kPoison);
+  for (size_t t = 0; t < positions.size(); ++t) listed[positions[t]] = coefficients[t];
   List list = small_mixed_list();
   // Takes a second launch.
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
@@ -178,10 +182,11 @@ void test_scale_each() {
     subject = "scale each with " + std::to_string(workers) + " workers";
     const Gradients before(list, values);
     const Gradients gradients(list, values);
-    for (const SmallTable& table : tables_of(gradients.index(), workers)) {
+    for (const SmallPositionTable& table :
+         tables_of<SmallPositionTable>(gradients.index(), workers, positions)) {
       const Schedule schedule = kSchedules[workers % 4];
       Grid({table.workers, kThreads}, schedule, [&] {
-        scale_each_thread(table, coefficients);
+        scale_each_thread(table, listed.data());
       }).run();
     }
     for (size_t t = 0; t < list.size(); ++t) {
@@ -385,13 +390,13 @@ void test_clip_rows() {
 
 // The end of a call that only measures, for any number of workers and each dtype of the result.
 void test_finish() {
-  for (const int count :
-       {1, 2, 31, 32, 33, kThreads - 1, kThreads, kThreads + 1, 3 * kThreads + 5}) {
+  for (const int count : {1, 2, 31, 32, 33, kThreads - 1, kThreads, kThreads + 1, 3 * kThreads + 5,
+                          4 * kThreads, 4 * kThreads + 1, 9 * kThreads + 5}) {
     for (const Norm kind : kNorms) {
       Results partials(count);
       long double sum = 0.0L;
       for (int i = 0; i < count; ++i) {
-        const double value = 1.0 / (i + 1);
+        const double value = 1.0 / (count - i);
         partials.to_write()[i] = value;
         sum = kind == Norm::kInf ? std::max<long double>(sum, value) : sum + value;
       }

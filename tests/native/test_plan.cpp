@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cuda/clip.h"
 #include "cuda/plan.h"
 
 namespace gradclip::cuda {
@@ -44,7 +45,7 @@ std::vector<const void*> parameters_of(const FlatIndex& index) {
 }
 
 template <class AnyTable>
-void check_table(const AnyTable& table, const FlatIndex& index, const Part& part) {
+void check_borders(const AnyTable& table, const FlatIndex& index, const Part& part) {
   CHECK(table.tensors == part.count());
   CHECK(table.tiles == part.tiles);
   CHECK(table.workers == part.workers);
@@ -53,10 +54,6 @@ void check_table(const AnyTable& table, const FlatIndex& index, const Part& part
   const int64_t first_tile = index.first_tile(part.tensors.begin);
   for (int64_t i = 0; i < part.count(); ++i) {
     const int64_t tensor = part.tensors.begin + i;
-    const Span& span = index.spans()[static_cast<size_t>(tensor)];
-    CHECK(table.data[i] == span.data);
-    CHECK(numel_of(table.numel_and_dtype[i]) == span.numel);
-    CHECK(dtype_of(table.numel_and_dtype[i]) == span.dtype);
     CHECK(table.first_tile[i] == index.first_tile(tensor) - first_tile);
     // What the kernels take for the last tile of a tensor.
     CHECK(end_tile(table.first_tile, table.tensors, table.tiles, static_cast<int32_t>(i)) ==
@@ -64,8 +61,24 @@ void check_table(const AnyTable& table, const FlatIndex& index, const Part& part
   }
 }
 
+template <class AnyTable>
+void check_table(const AnyTable& table, const FlatIndex& index, const Part& part) {
+  check_borders(table, index, part);
+  for (int64_t i = 0; i < part.count(); ++i) {
+    const Span& span = index.spans()[static_cast<size_t>(part.tensors.begin + i)];
+    CHECK(table.data[i] == span.data);
+    CHECK(numel_of(table.numel_and_dtype[i]) == span.numel);
+    CHECK(dtype_of(table.numel_and_dtype[i]) == span.dtype);
+  }
+}
+
 template <int kCapacity>
 constexpr int capacity_of(const Table<kCapacity>&) {
+  return kCapacity;
+}
+
+template <int kCapacity>
+constexpr int capacity_of(const BorderTable<kCapacity>&) {
   return kCapacity;
 }
 
@@ -96,19 +109,25 @@ void test_tables() {
     const FlatIndex index = index_of(tensors);
     for (const int64_t capacity : {kMediumTable, kLargeTable}) {
       for (const int64_t most_workers : {1, 7, 792}) {
-        const Plan plan(index, /*decay=*/nullptr, capacity, most_workers);
+        const Plan plan(index, {}, capacity, most_workers);
         CHECK(!plan.decays());
         check_parts(plan, index, capacity, most_workers);
         size_t seen = 0;
-        const int error = for_tables(plan, [&](const auto& table) {
+        const auto check_one = [&](const auto& table) {
           const Part& part = plan.parts()[seen++];
           check_table(table, index, part);
           const int64_t count = part.count();
           CHECK(capacity_of(table) == (count <= kSmallTable    ? kSmallTable
                                        : count <= kMediumTable ? kMediumTable
+                                       : count <= kWideTable   ? kWideTable
                                                                : kLargeTable));
           return 0;
-        });
+        };
+        const int error =
+            capacity == kMediumTable
+                ? for_tables<Table, kSmallTable, kMediumTable>(plan, check_one)
+                : for_tables<Table, kSmallTable, kMediumTable, kWideTable, kLargeTable>(plan,
+                                                                                        check_one);
         CHECK(error == 0);
         CHECK(seen == plan.parts().size());
       }
@@ -121,11 +140,11 @@ void test_decay_tables() {
     const FlatIndex index = index_of(tensors);
     const std::vector<const void*> parameters = parameters_of(index);
     const Decay decay = {0.25, parameters.data()};
-    const Plan plan(index, &decay, kLargeDecayTable, 792);
+    const Plan plan(index, {&decay, nullptr}, kLargeDecayTable, 792);
     CHECK(plan.decays());
     check_parts(plan, index, kLargeDecayTable, 792);
     size_t seen = 0;
-    for_decay_tables(plan, [&](const auto& table) {
+    for_tables<DecayTable, kSmallTable, kLargeDecayTable>(plan, [&](const auto& table) {
       const Part& part = plan.parts()[seen++];
       check_table(table, index, part);
       CHECK(table.factor == 0.25);
@@ -139,31 +158,70 @@ void test_decay_tables() {
   }
 }
 
+// The places of tensors in a list that also counts what has no gradient.
+void test_tables_with_positions() {
+  for (const int64_t tensors : kCounts) {
+    const FlatIndex index = index_of(tensors);
+    std::vector<int64_t> positions;
+    for (int64_t i = 0; i < tensors; ++i) positions.push_back(i + i / 3 + 2);
+    const Plan plan(index, {nullptr, positions.data()}, kLargePositionTable, 792);
+    check_parts(plan, index, kLargePositionTable, 792);
+    size_t seen = 0;
+    const auto check_positions = [&](const auto& table, const Part& part) {
+      for (int64_t i = 0; i < part.count(); ++i) {
+        CHECK(table.positions[i] == positions[static_cast<size_t>(part.tensors.begin + i)]);
+      }
+    };
+    for_tables<PositionTable, kSmallTable, kLargePositionTable>(plan, [&](const auto& table) {
+      const Part& part = plan.parts()[seen++];
+      check_table(table, index, part);
+      check_positions(table, part);
+      return 0;
+    });
+    CHECK(seen == plan.parts().size());
+    seen = 0;
+    for_tables<BorderTable, kMediumTable, kLargeTable>(plan, [&](const auto& table) {
+      const Part& part = plan.parts()[seen++];
+      check_borders(table, index, part);
+      check_positions(table, part);
+      CHECK(capacity_of(table) == (part.count() <= kMediumTable ? kMediumTable : kLargeTable));
+      return 0;
+    });
+    CHECK(seen == plan.parts().size());
+  }
+}
+
 // A kernel's parameters may take so many bytes from CUDA 12.1 on, and 4 KB before.
 void test_sizes_of_tables() {
   constexpr size_t kOtherParameters = 256;
-  CHECK(sizeof(Table<kMediumTable>) <= 4096);
+  CHECK(sizeof(Table<kMediumTable>) + sizeof(Clip) + 2 * sizeof(double*) <= 4096);
+  CHECK(sizeof(PositionTable<kMediumPositionTable>) + sizeof(double*) <= 4096);
+  CHECK(sizeof(BorderTable<kMediumTable>) + 2 * sizeof(double*) <= 4096);
   CHECK(sizeof(RowsTable<kRowsTable>) + sizeof(UnitLimit) + sizeof(double*) <= 4096);
   CHECK(sizeof(Table<kLargeTable>) + kOtherParameters <= 32764);
   CHECK(sizeof(DecayTable<kLargeDecayTable>) + kOtherParameters <= 32764);
+  CHECK(sizeof(PositionTable<kLargePositionTable>) + kOtherParameters <= 32764);
+  CHECK(sizeof(BorderTable<kLargeTable>) + kOtherParameters <= 32764);
 }
 
 void test_first_error_ends_the_launches() {
   const FlatIndex index = index_of(50);
-  const Plan plan(index, /*decay=*/nullptr, 10, 100);
+  const Plan plan(index, {}, 10, 100);
   int launches = 0;
-  const int error = for_tables(plan, [&](const auto&) { return ++launches == 3 ? 700 : 0; });
+  const int error =
+      for_tables<Table, 10>(plan, [&](const auto&) { return ++launches == 3 ? 700 : 0; });
   CHECK(error == 700);
   CHECK(launches == 3);
 }
 
 void test_empty_list() {
   const FlatIndex index(std::vector<Span>{});
-  const Plan plan(index, /*decay=*/nullptr, kLargeTable, 100);
+  const Plan plan(index, {}, kLargeTable, 100);
   CHECK(plan.parts().empty());
   CHECK(plan.partials() == 0);
   int launches = 0;
-  CHECK(for_tables(plan, [&](const auto&) { return ++launches; }) == 0);
+  const int error = for_tables<Table, kLargeTable>(plan, [&](const auto&) { return ++launches; });
+  CHECK(error == 0);
   CHECK(launches == 0);
 }
 
@@ -252,15 +310,32 @@ void test_many_rows() {
   CHECK(plan.workers() == 1056);
 }
 
+// What blocks of a GPU compute in 32 bits is what the host computes in 64.
+void test_shares_in_32_bits() {
+  const uint32_t all_tiles[] = {1,         2,          7,           792,         793,
+                                1'000'003, 0x7fffffff, 0x80000001u, 0xfffffffeu, 0xffffffffu};
+  for (const uint32_t workers : {1u, 2u, 6u, 7u, 792u, 3168u, 4099u, 65535u}) {
+    for (const uint32_t tiles : all_tiles) {
+      if (tiles < workers) continue;
+      const uint32_t step = workers > 5000 ? 97 : 1;
+      for (uint32_t worker = 0; worker < workers; worker += step) {
+        const Range share = tiles_of_worker(worker, workers, tiles);
+        const Range expected = tiles_of_worker(int64_t{worker}, int64_t{workers}, int64_t{tiles});
+        CHECK(share.begin == expected.begin && share.end == expected.end);
+      }
+    }
+  }
+}
+
 void test_one_block() {
   const auto list = [](int64_t tensors, int64_t numel) {
     return FlatIndex(
         std::vector<Span>(static_cast<size_t>(tensors), {nullptr, numel, DType::kFloat32}));
   };
-  CHECK(fits_one_block(list(1, 128 * 1024)));
-  CHECK(!fits_one_block(list(1, 128 * 1024 + 1)));
-  CHECK(fits_one_block(list(kMediumTable, 1)));
-  CHECK(!fits_one_block(list(kMediumTable + 1, 1)));
+  CHECK(fits_one_block(list(1, 64 * 1024)));
+  CHECK(!fits_one_block(list(1, 64 * 1024 + 1)));
+  CHECK(fits_one_block(list(8, 1)));
+  CHECK(!fits_one_block(list(9, 1)));
 }
 
 }  // namespace
@@ -270,6 +345,7 @@ int main() {
   using namespace gradclip::cuda;
   test_tables();
   test_decay_tables();
+  test_tables_with_positions();
   test_sizes_of_tables();
   test_first_error_ends_the_launches();
   test_empty_list();
@@ -277,6 +353,7 @@ int main() {
   test_first_error_ends_the_launches_of_rows();
   test_no_rows();
   test_many_rows();
+  test_shares_in_32_bits();
   test_one_block();
   std::printf("%d checks\n", checks);
 }
