@@ -269,6 +269,8 @@ def prepare_for_cuda(
         ],
     }
     extension.define_macros.append(("GRADCLIP_WITH_CUDA", "1"))
+    if os.environ.get("GRADCLIP_TUNING") == "1":
+        extension.define_macros.append(("GRADCLIP_TUNING", "1"))
     extension.library_dirs += settings.library_dirs
     extension.libraries += settings.libraries
 

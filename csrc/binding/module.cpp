@@ -34,6 +34,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("observed", &observed);
   m.def("instruction_set", &instruction_set);
   m.def("set_device_mode_type", &set_device_mode_type, arg("type"));
+#if GRADCLIP_WITH_CUDA && defined(GRADCLIP_TUNING)
+  m.def("set_tuning", &set_tuning, arg("name"), arg("value"));
+#endif
 }
 
 }  // namespace gradclip::binding::python

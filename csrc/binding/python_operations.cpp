@@ -8,6 +8,9 @@
 #include "binding/python_tensors.h"
 #include "binding/tensor_list.h"
 #include "cpu/kernels.h"
+#if GRADCLIP_WITH_CUDA && defined(GRADCLIP_TUNING)
+#include "cuda/tuning.h"
+#endif
 
 namespace gradclip::binding::python {
 namespace {
@@ -234,5 +237,34 @@ py::object known_number(py::handle tensor) {
 std::string instruction_set() { return cpu::kernels().instruction_set; }
 
 void set_device_mode_type(py::handle type) { binding::set_device_mode_type(type.ptr()); }
+
+#if GRADCLIP_WITH_CUDA && defined(GRADCLIP_TUNING)
+void set_tuning(const std::string& name, int64_t value) {
+  struct Knob {
+    const char* name;
+    int64_t* place;
+    int64_t least;
+    int64_t most;
+  };
+  cuda::Tuning& tuning = cuda::tuning();
+  const Knob knobs[] = {
+      {"one_block_bytes", &tuning.one_block_bytes, 0, int64_t{1} << 40},
+      {"one_block_tensors", &tuning.one_block_tensors, 0, cuda::kSmallTable},
+      {"workers_per_multiprocessor", &tuning.workers_per_multiprocessor, 1, 64},
+      {"early_start", &tuning.early_start, 0, 1},
+  };
+  for (const Knob& knob : knobs) {
+    if (name != knob.name) continue;
+    if (value < knob.least || value > knob.most) {
+      throw py::value_error("set_tuning: " + name + " has to be between " +
+                            std::to_string(knob.least) + " and " + std::to_string(knob.most) +
+                            ", found " + std::to_string(value));
+    }
+    *knob.place = value;
+    return;
+  }
+  throw py::value_error("set_tuning: there is no " + name);
+}
+#endif
 
 }  // namespace gradclip::binding::python

@@ -46,4 +46,9 @@ bool observed();
 std::string instruction_set();
 void set_device_mode_type(py::handle type);
 
+#if GRADCLIP_WITH_CUDA && defined(GRADCLIP_TUNING)
+// Changes one of cuda::Tuning.
+void set_tuning(const std::string& name, int64_t value);
+#endif
+
 }  // namespace gradclip::binding::python

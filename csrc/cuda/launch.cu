@@ -5,14 +5,14 @@
 
 #include "cuda/kernels.cuh"
 #include "cuda/launch.h"
+#include "cuda/tuning.h"
 
 namespace gradclip::cuda {
 namespace {
 
-// Workers, and so blocks, per multiprocessor: as many as stay resident. An estimate, not yet
-// measured on a GPU.
-constexpr int64_t kWorkersPerMultiprocessor = kResidentBlocks;
-// The same for smaller blocks, which clip rows.
+static_assert(Tuning().workers_per_multiprocessor == kResidentBlocks);
+// Workers per multiprocessor for smaller blocks, which clip rows: as many as stay resident.
+// Reasoned, not yet measured.
 constexpr int64_t kRowWorkersPerMultiprocessor = kResidentBlocksOfRow;
 
 constexpr bool kLargeParameters = GRADCLIP_LARGE_PARAMETERS;
@@ -139,7 +139,7 @@ cudaError_t make_plan(const FlatIndex& index, const Companions& companions, Plan
     return cudaErrorNotSupported;
   }
   *plan = Plan(index, companions, capacity_of(properties, companions),
-               kWorkersPerMultiprocessor * properties.multiprocessors);
+               tuning().workers_per_multiprocessor * properties.multiprocessors);
   return cudaSuccess;
 }
 
@@ -196,7 +196,8 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
   return for_each_table(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
     // The second of several follows a kernel that writes the same list, so it starts as usual.
-    const bool start_early = early && first && properties.can_start_early;
+    const bool start_early =
+        early && first && properties.can_start_early && tuning().early_start != 0;
     first = false;
     return launch_kernel(&scale_kernel<AnyTable>, table.workers, kThreads, stream, start_early,
                          table, clip);

@@ -2,17 +2,9 @@
 
 #include <algorithm>
 
+#include "cuda/tuning.h"
+
 namespace gradclip::cuda {
-namespace {
-
-// Up to these, a second launch costs more than more blocks gain. A single block waits for memory
-// once for each tensor that it measures and once for each that it scales, some 0.5 and 0.2 us.
-// Reasoned, not yet measured.
-constexpr int64_t kOneBlockBytes = 256 * 1024;
-constexpr int64_t kOneBlockTensors = 8;
-
-}  // namespace
-
 Plan::Plan(const FlatIndex& index, const Companions& companions, int64_t capacity,
            int64_t most_workers)
     : index_(&index), companions_(companions) {
@@ -43,7 +35,7 @@ RowsPlan::RowsPlan(const std::vector<Rows>& all, int64_t capacity, int64_t most_
 }
 
 bool fits_one_block(const FlatIndex& index) {
-  return index.bytes() <= kOneBlockBytes && index.tensors() <= kOneBlockTensors;
+  return index.bytes() <= tuning().one_block_bytes && index.tensors() <= tuning().one_block_tensors;
 }
 
 }  // namespace gradclip::cuda

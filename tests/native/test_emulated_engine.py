@@ -37,7 +37,7 @@ def package_folder(tmp_path_factory):
     standard = 17 if [int(n) for n in torch.__version__.split(".")[:2]] < [2, 12] else 20
     options = [f"-std=c++{standard}", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
     options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    options += ["-DGRADCLIP_WITH_CUDA=1", "-DGRADCLIP_EMULATION=1"]
+    options += ["-DGRADCLIP_WITH_CUDA=1", "-DGRADCLIP_EMULATION=1", "-DGRADCLIP_TUNING=1"]
     # Before torch's headers, some of which are replaced.
     folders = [NATIVE / "emulated", NATIVE, ROOT / "csrc"]
     headers = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
@@ -160,3 +160,43 @@ for call in {[call for call, _ in CALLS]}:
 def test_launches_of_a_call(call, launches, launches_of_calls):
     end = launches_of_calls.index(f"exit status 0 of {call}")
     assert launches_of_calls[end - 1] == f"{launches} kernels launched"
+
+
+@pytest.mark.parametrize(
+    ("settings", "launches"),
+    [
+        ({}, 1),
+        ({"one_block_bytes": 428}, 1),
+        ({"one_block_bytes": 427}, 2),
+        ({"one_block_tensors": 1}, 2),
+        ({"workers_per_multiprocessor": 1, "early_start": 0, "one_block_tensors": 0}, 2),
+    ],
+)
+def test_tuning(settings, launches, package_folder):
+    code = f"""
+import torch, gradclip_ext
+for name, value in {settings}.items():
+    gradclip_ext._C.set_tuning(name, value)
+parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (100, 7)]
+for parameter in parameters:
+    parameter.grad = torch.full_like(parameter, 2.0)
+norm = gradclip_ext.clip_grad_norm_(parameters, 1.0, dtype=torch.float64)
+assert abs(norm.item() - 428**0.5) < 1e-12
+assert abs(parameters[1].grad[6].item() * norm.item() - 2.0) < 1e-6
+"""
+    result = run(package_folder, ["-c", code], GRADCLIP_COUNT_LAUNCHES="1")
+    assert result.stderr.splitlines()[-1] == f"{launches} kernels launched", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("one_block_tensors", 41, "one_block_tensors has to be between 0 and 40, found 41"),
+        ("early_start", -1, "early_start has to be between 0 and 1, found -1"),
+        ("threads", 1, "there is no threads"),
+    ],
+)
+def test_bad_tuning(name, value, message, package_folder):
+    code = f"import torch, gradclip_ext; gradclip_ext._C.set_tuning({name!r}, {value})"
+    result = run(package_folder, ["-c", code])
+    assert result.stderr.splitlines()[-1] == f"ValueError: set_tuning: {message}"
