@@ -75,7 +75,8 @@ def widened(tensor: Tensor) -> Tensor:
 
 def reference_norm(tensors: Sequence[Tensor], norm_type: float) -> float:
     """The norm of all values together, in float64 with exact summation."""
-    magnitudes = torch.cat([widened(tensor).abs().flatten() for tensor in tensors])
+    # There, because the magnitudes of complex numbers are less exact on a GPU.
+    magnitudes = torch.cat([widened(tensor).cpu().abs().flatten() for tensor in tensors])
     if magnitudes.isnan().any():
         return math.nan
     if magnitudes.numel() == 0:
@@ -151,10 +152,12 @@ def assert_unchanged(tensors: Sequence[Tensor], originals: Sequence[Tensor]) -> 
 
 
 def parameter(gradient: Tensor | None, shape: Sequence[int] = (1,)) -> torch.nn.Parameter:
-    """A parameter whose gradient is this very tensor."""
+    """A parameter on its gradient's device whose gradient is this very tensor."""
     if gradient is None:
         return torch.nn.Parameter(torch.zeros(tuple(shape)))
-    result = torch.nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
+    # Not zeros_like, which would take over an expanded dimension or another type.
+    zeros = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    result = torch.nn.Parameter(zeros)
     result.grad = gradient
     return result
 
@@ -192,7 +195,10 @@ def random_gradient(
 
 def copies(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Copies that keep strides, so that torch sees the same layout."""
-    return [torch.empty_strided(g.shape, g.stride(), dtype=g.dtype).copy_(g) for g in gradients]
+    return [
+        torch.empty_strided(g.shape, g.stride(), dtype=g.dtype, device=g.device).copy_(g)
+        for g in gradients
+    ]
 
 
 # Layouts: each takes a contiguous matrix of at least 2 x 2 and returns a tensor of the same values.

@@ -200,7 +200,13 @@ class TestFlag:
             set_gradients(model, 2, scale)
             before = [parameter.detach().clone() for parameter in model.parameters()]
             clipper.clip_()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                # In some releases that of Adagrad is for the CPU only.
+                if "of supported devices" not in str(error):
+                    raise
+                pytest.skip(str(error))
             pairs = zip(model.parameters(), before, strict=True)
             assert any(not torch.equal(a, b) for a, b in pairs) == moves
 

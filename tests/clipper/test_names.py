@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -32,23 +33,30 @@ def checkpointed_inside(model):
     return model
 
 
+def data_parallel(model):
+    # It would move a model on the CPU to a GPU if it found one.
+    is_on_gpu = next(model.parameters()).is_cuda
+    with mock.patch.object(torch.cuda, "is_available", lambda: is_on_gpu):
+        return nn.DataParallel(model)
+
+
 def parallel_inside(model):
-    model[0] = nn.DataParallel(model[0])
+    model[0] = data_parallel(model[0])
     return model
 
 
 WRAPPERS = {
     "plain": lambda model: model,
     "torch.compile": torch.compile,
-    "DataParallel": nn.DataParallel,
-    "compiled, then DataParallel": lambda model: nn.DataParallel(torch.compile(model)),
-    "DataParallel, then compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "DataParallel": data_parallel,
+    "compiled, then DataParallel": lambda model: data_parallel(torch.compile(model)),
+    "DataParallel, then compiled": lambda model: torch.compile(data_parallel(model)),
     "checkpoint wrapper": checkpoint_wrapper,
     "checkpoint wrapper inside": checkpointed_inside,
     "DataParallel inside": parallel_inside,
     "FSDP": fsdp_like,
-    "all": lambda model: torch.compile(nn.DataParallel(fsdp_like(checkpointed_inside(model)))),
-    "twice": lambda model: nn.DataParallel(nn.DataParallel(model)),
+    "all": lambda model: torch.compile(data_parallel(fsdp_like(checkpointed_inside(model)))),
+    "twice": lambda model: data_parallel(data_parallel(model)),
 }
 by_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
@@ -141,14 +149,14 @@ class TestTheUsersOwnModule:
         model = nn.ModuleDict({"a": Wrapper(nn.Linear(2, 2), "module"), "b": nn.Linear(2, 2)})
         expected = ("a.module.weight", "a.module.bias", "b.weight", "b.bias")
         assert grad_norms(model).names == expected
-        assert grad_norms(nn.DataParallel(model)).names == expected
+        assert grad_norms(data_parallel(model)).names == expected
         assert grad_norms(torch.compile(model).named_parameters()).names == expected
 
     def test_beside_others_stays(self):
         model = nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
         expected = ("module.weight", "module.bias", "head.weight", "head.bias")
         assert grad_norms(model).names == expected
-        assert grad_norms(nn.DataParallel(model)).names == expected
+        assert grad_norms(data_parallel(model)).names == expected
 
     def test_next_to_the_same_names_stays(self):
         inner = Wrapper(nn.Linear(2, 2), "module")

@@ -147,18 +147,7 @@ class OwnRule:
         self.calls = state["calls"]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "answer, error, text",
-    [
-        (lambda total, _: -total, ValueError, "limits that are not negative, found -"),
-        (lambda total, _: total * math.nan, ValueError, "not negative, found nan"),
-        (lambda _, norms: norms, ValueError, "limits of shape (), found shape (3,)"),
-        (lambda total, _: total.item(), TypeError, "its limits as a tensor, found"),
-    ],
-    ids=["negative", "NaN", "shape", "number"],
-)
-def test_a_bad_limit_names_the_rule_and_changes_nothing(answer, error, text, decay):
+def assert_refused(answer, error, text, decay):
     model = make_model()
     rule, other = OwnRule(answer), AutoClip()
     groups = [{"params": [model[0].weight]}, {"params": [model[0].bias]}]
@@ -177,6 +166,37 @@ def test_a_bad_limit_names_the_rule_and_changes_nothing(answer, error, text, dec
     assert rule.calls == 0
     assert other.state_dict()["count"].item() == 0.0
     assert clipper.state_dict()["steps"] == 0
+
+
+by_decay = pytest.mark.parametrize("decay", [0.0, 0.1])
+
+
+@by_decay
+@pytest.mark.parametrize(
+    "answer, error, text",
+    [
+        (lambda _, norms: norms, ValueError, "limits of shape (), found shape (3,)"),
+        (lambda total, _: total.item(), TypeError, "its limits as a tensor, found"),
+    ],
+    ids=["shape", "number"],
+)
+def test_a_bad_limit_names_the_rule_and_changes_nothing(answer, error, text, decay):
+    assert_refused(answer, error, text, decay)
+
+
+# To read the number on a GPU would be a device sync.
+@pytest.mark.cpu_only
+@by_decay
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        (lambda total, _: -total, "limits that are not negative, found -"),
+        (lambda total, _: total * math.nan, "not negative, found nan"),
+    ],
+    ids=["negative", "NaN"],
+)
+def test_so_does_a_limit_that_is_no_limit(answer, text, decay):
+    assert_refused(answer, ValueError, text, decay)
 
 
 class TestOtherParameters:

@@ -155,6 +155,8 @@ class TestModules:
             container["c"] = parameter(12.0)
         assert clipper.clip_().item() == 13.0
 
+    # Torch has dynamically quantised layers on the CPU only.
+    @pytest.mark.cpu_only
     @pytest.mark.filterwarnings("ignore")
     def test_quantised(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))

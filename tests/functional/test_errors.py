@@ -291,7 +291,7 @@ class TestNothingIsWrittenBeforeAnError:
     def test_layouts_and_dtypes_that_torch_cannot_write(self, kind):
         bad = {
             "csr": lambda: torch.eye(3).to_sparse_csr(),
-            "mkldnn": lambda: torch.ones(3).to_mkldnn(),
+            "mkldnn": lambda: torch.ones(3, device="cpu").to_mkldnn(),
             "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
         }[kind]()
         first = torch.full((3,), 5.0)

@@ -339,12 +339,12 @@ class TestSideEffects:
 
     def test_default_device_mode_stays_native(self):
         gradient = torch.tensor([3.0, 4.0])
-        with torch.device("cpu"):
+        with torch.device(gradient.device):
             assert not gradclip_ext._C.observed()
             assert gradclip_ext.clip_grad_norm_(ref.parameter(gradient), 1.0).item() == 5.0
         with torch.device("meta"):
             assert not gradclip_ext._C.observed()
-            assert gradclip_ext.get_total_norm([gradient]).device.type == "cpu"
+            assert gradclip_ext.get_total_norm([gradient]).device == gradient.device
 
     def test_number_as_norm_under_a_default_device(self):
         gradients = [torch.full((4,), 8.0), torch.full((8,), 8.0)[::2]]
@@ -396,8 +396,9 @@ class TestSideEffects:
         given = [gradient] if name == "get_total_norm" else [ref.Holder(gradient)]
         with torch.profiler.profile() as profile:
             getattr(gradclip_ext, name)(given, *arguments)
-        ranges = [e for e in profile.events() if e.name == f"gradclip_ext::{name}"]
-        assert len(ranges) == 1
+        # A GPU has a second one of the same name, around the kernels.
+        on_cpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CPU]
+        assert [e.name for e in on_cpu].count(f"gradclip_ext::{name}") == 1
 
 
 @by_16_bit_dtype

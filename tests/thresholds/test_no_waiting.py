@@ -68,10 +68,12 @@ class TestNoDeviceSync:
         on_host, on_device = make(), make()
         expected = feed(on_host, rows)
         norms = torch.tensor(rows, dtype=torch.float64, device="cuda")
-        found = []
+        first, *others = norms.unbind()
+        # Copies the state to the GPU.
+        found = [on_device.limits(torch.linalg.vector_norm(first), first)]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for row in norms.unbind():
+            for row in others:
                 found.append(on_device.limits(torch.linalg.vector_norm(row), row))
         finally:
             torch.cuda.set_sync_debug_mode("default")
