@@ -185,17 +185,18 @@ def test_coefficient_of_a_strided_view_is_not_rounded_to_16_bits(dtype, call):
 def test_a_gradient_twice_by_torchs_operations():
     # Its order is not native, and torch's multi-tensor operations would scale both at once.
     original = ref.random_gradient((1_000_000,)).cuda()
-    norm = (2.0 * (original.double().abs() ** 3.0).sum().item()) ** (1.0 / 3.0)
-    coefficient = ref.reference_coefficient(1.0, norm)
+    exact = (2.0 * (original.double().abs() ** 3.0).sum().item()) ** (1.0 / 3.0)
     results = []
     for _ in range(20):
         gradient = original.clone()
         parameter = ref.parameter(gradient)
-        found = gradclip_ext.clip_grad_norm_([parameter, parameter], 1.0, 3.0)
-        assert found.item() == pytest.approx(norm, rel=1e-5)
+        norm = gradclip_ext.clip_grad_norm_([parameter, parameter], 1.0, 3.0).item()
+        # Torch's own norm, in float32.
+        assert norm == pytest.approx(exact, rel=1e-3)
+        coefficient = ref.reference_coefficient(1.0, norm)
         results.append(gradient)
     torch.testing.assert_close(
-        results[0].double(), original.double() * coefficient**2, rtol=2e-5, atol=0
+        results[0].double(), original.double() * coefficient**2, rtol=2e-6, atol=0
     )
     for result in results[1:]:
         assert torch.equal(result, results[0])
