@@ -121,7 +121,7 @@ class Gradients:
             return
         # First, because torch's operations may fail, and the native ones cannot.
         if known is not None and abs(known) < _SMALLEST_FLOAT32_COEFFICIENT:
-            torch_ops.scale_widened_(self.in_place, coefficient, torch.float64)
+            torch_ops.scale_in_float64_(self.in_place, coefficient)
         else:
             torch_ops.scale_(self.in_place, coefficient, foreach)
         for device, group in _by_device(self.native).items():

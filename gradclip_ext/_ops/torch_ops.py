@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip_ext._ops import torch_private
-from gradclip_ext._ops.observation import compiling
+from gradclip_ext._ops.observation import compiling, observed
 
 
 def total_norm(
@@ -84,11 +84,11 @@ def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None) -> None:
-    """Multiply every tensor in place by a 0-dim tensor on any device."""
+    """Multiply every tensor in place by a 0-dim tensor on any device, without a device sync."""
     for device, group, multi_tensor in _groups(tensors, foreach):
-        factor = coefficient.to(device)
-        if _would_round(factor, group[0]):
-            scale_widened_(group, factor, torch.float32)
+        factor = _on(device, coefficient)
+        if _may_be_rounded(factor, group[0]):
+            scale_in_float64_(group, factor)
         elif multi_tensor:
             torch_private.foreach_mul_(group, factor)
         else:
@@ -96,24 +96,33 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None)
                 tensor.mul_(factor)
 
 
-def scale_widened_(tensors: Sequence[Tensor], coefficient: Tensor, dtype: torch.dtype) -> None:
-    """As :func:`scale_`, in ``dtype`` where the tensors' own could not hold the coefficient."""
+def scale_in_float64_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """As :func:`scale_`, for a coefficient that the tensors' own dtype could not hold."""
     for tensor in tensors:
-        wide = tensor.to(widened_dtype(tensor, dtype))
-        tensor.copy_(wide.mul_(coefficient.to(tensor.device)))
+        wide = tensor.to(widened_dtype(tensor, torch.float64))
+        tensor.copy_(wide.mul_(_on(tensor.device, coefficient)))
 
 
-def _would_round(factor: Tensor, tensor: Tensor) -> bool:
-    """Whether ``tensor.mul_(factor)`` would first convert the factor to 16 bits.
+def _may_be_rounded(factor: Tensor, tensor: Tensor) -> bool:
+    """Whether ``tensor.mul_(factor)`` may multiply by another number than the factor.
 
-    torch converts a 0-dim operand to the dtype of the result, except for one on the CPU.
+    torch converts a 0-dim operand, except for one on the CPU, to the dtype of the result: to 16
+    bits, or to a float32 that a small one vanishes in. How small it is a GPU alone knows.
     """
-    sixteen_bits = (torch.bfloat16, torch.float16)
     return (
         factor.device.type != "cpu"
-        and tensor.dtype in sixteen_bits
-        and factor.dtype not in sixteen_bits
+        and factor.dtype == torch.float64
+        and tensor.dtype not in (torch.float64, torch.complex128)
     )
+
+
+def _on(device: torch.device, number: Tensor) -> Tensor:
+    """A 0-dim tensor on a device. From the CPU by a fill, since a copy would wait for the GPU."""
+    if number.device.type != "cpu" or device.type == "cpu" or type(number) is not Tensor:
+        return number.to(device)
+    if observed():
+        return number.to(device)
+    return torch.full((), number.item(), dtype=number.dtype, device=device)
 
 
 def clamp_(tensors: Sequence[Tensor], clip_value: float, foreach: bool | None) -> None:

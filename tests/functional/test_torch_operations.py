@@ -99,10 +99,13 @@ def test_weight_decay_of_a_gradient_in_the_memory_of_a_parameter(monkeypatch):
     assert second.grad.tolist() == [9.25] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ref.name_of)
+NARROW = [torch.bfloat16, torch.float16, torch.float32, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=ref.name_of)
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("shape", [(), (6,), (4, 6)], ids=str)
-def test_no_coefficient_is_rounded_to_16_bits_on_a_gpu(dtype, foreach, shape):
+def test_no_coefficient_is_rounded_on_a_gpu(dtype, foreach, shape):
     # There, unlike on the CPU, mul_ converts a 0-dim factor to the dtype of the result first.
     gradient = torch.ones(shape, dtype=dtype, device="meta")
     coefficient = torch.ones((), dtype=torch.float64, device="meta")
@@ -111,7 +114,8 @@ def test_no_coefficient_is_rounded_to_16_bits_on_a_gpu(dtype, foreach, shape):
     products = calls.of("mul")
     assert len(products) == 2
     for arguments in products:
-        assert [tensor.dtype for tensor in arguments] == [torch.float32, torch.float64]
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        assert [tensor.dtype for tensor in arguments] == [wide, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ref.name_of)
@@ -122,3 +126,18 @@ def test_other_orders_keep_torchs_rounding(dtype):
         torch_ops.scale_([gradient], torch.ones((), dtype=dtype, device="meta"), None)
     ((written, factor),) = calls.of("mul_")
     assert written.dtype == factor.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ref.name_of)
+@pytest.mark.parametrize("value", [1.0, 1e-35])
+def test_a_number_of_the_host_reaches_a_gpu_without_a_copy(dtype, value, monkeypatch):
+    # A copy from ordinary memory waits for the GPU, and cannot be captured in a graph.
+    monkeypatch.setattr(torch_ops, "observed", lambda: False)
+    coefficient = torch.tensor(value, dtype=torch.float64)
+    gradient = torch.ones(4, dtype=dtype, device="meta")
+    with Calls() as calls:
+        torch_ops.scale_([gradient], coefficient, None)
+        torch_ops.scale_in_float64_([gradient], coefficient)
+    copies = [arguments for name, arguments in calls.calls if name in ("_to_copy", "copy_")]
+    assert all(tensor.is_meta for call in copies for tensor in call if torch.is_tensor(tensor))
+    assert len(calls.of("full")) == 2
