@@ -15,6 +15,7 @@ ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 CXX_SOURCES := $(shell find csrc -type f)
 CXX_TESTS := $(shell find tests/native -name '*.cpp' -o -name '*.h')
+CXX_SWEEP := $(shell find bench/cuda -name '*.c*' -o -name '*.h')
 PACKAGE := $(wildcard gradclip_ext/*.py gradclip_ext/*/*.py gradclip_ext/*.pyi)
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_ENVIRONMENT := $(CUDA_VENV)/.environment
@@ -36,7 +37,7 @@ export BE_SURE_OF_CUDA_BUILD
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test bench cuda kernels lint types stubs clean FORCE
+.PHONY: help venv build demo test bench cuda kernels sweep lint types stubs clean FORCE
 
 help:  ## Show this list.
 	@echo 'usage: make TARGET [PYTHON=$(PYTHON)] [TORCH=$(TORCH)] [VENV=$(VENV)] [STEPS=n]'
@@ -66,10 +67,13 @@ cuda: $(CUDA_BUILT) $(CUDA_TEST_TOOLS)  ## Build with the CUDA engine in CUDA_VE
 kernels: $(CUDA_ENVIRONMENT)  ## Check what nvcc makes of the CUDA kernels, for every architecture.
 	$(CUDA_PYTHON) tools/check_kernels.py
 
+sweep:  ## Compile what compares variants of the CUDA kernels on a GPU; bench/cuda/run.sh runs it.
+	bench/cuda/run.sh build/sweep/sweep.csv --dry-run
+
 lint: $(ENVIRONMENT)  ## Check style and formatting of Python and C++.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS) $(CXX_SWEEP)
 
 types: $(ENVIRONMENT)  ## Check the types of the package.
 	$(BIN)/mypy
