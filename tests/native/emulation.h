@@ -27,6 +27,11 @@ void barrier();
 uint64_t shuffle_down(uint64_t value, int offset);
 void wait_for_previous_kernel();
 void before_load_of_result();
+// Of a cluster, which is a whole grid: a barrier whose halves stand apart, and where another block
+// has the variable that is `own` here in shared memory.
+void arrive_at_cluster_barrier();
+void wait_at_cluster_barrier();
+const void* shared_memory_of(int block, const void* own);
 
 template <class To, class From>
 To same_bits(From from) {

@@ -34,7 +34,7 @@ class Block;
 namespace {
 
 // Where a thread of a block has stopped.
-enum class State { kRunnable, kShuffle, kBarrier, kWait, kEnded };
+enum class State { kRunnable, kShuffle, kBarrier, kClusterBarrier, kWait, kEnded };
 
 class Stacks {
  public:
@@ -103,6 +103,8 @@ struct Fiber {
   bool started = false;
   // Whether what the previous kernel wrote may be read.
   bool has_waited = false;
+  // Whether the first half of the cluster's barrier lies behind it.
+  bool arrived = false;
   // Of a shuffle.
   uint64_t offered = 0;
   uint64_t received = 0;
@@ -112,6 +114,10 @@ struct Fiber {
 };
 
 thread_local Block* this_block = nullptr;
+// Shared memory has the same distance from this in every block.
+thread_local char anchor_of_shared_memory = 0;
+// Of the grid that runs.
+std::vector<Block*> cluster;
 
 }  // namespace
 
@@ -134,6 +140,12 @@ class Block {
 
   bool has_ended() const { return all_are(State::kEnded); }
   bool waits() const { return all_are(State::kWait); }
+  bool is_at_cluster_barrier() const { return all_are(State::kClusterBarrier); }
+
+  // All blocks stand at the cluster's barrier.
+  void leave_cluster_barrier() {
+    for (Fiber& fiber : fibers_) fiber.state = State::kRunnable;
+  }
 
   // The previous kernel has ended.
   void release() {
@@ -161,6 +173,24 @@ class Block {
     fiber_->has_waited = true;
   }
 
+  void arrive_at_cluster_barrier() { fiber_->arrived = true; }
+
+  void wait_at_cluster_barrier() {
+    if (!fiber_->arrived) fail("block %d, thread %u: waits without arrival", index_, threadIdx.x);
+    fiber_->arrived = false;
+    stop(State::kClusterBarrier);
+  }
+
+  const void* shared_memory_of(int number, const void* own) const {
+    const Block* other = cluster.at(static_cast<size_t>(number));
+    if (other->has_ended()) {
+      fail("block %d: reads the shared memory of block %d, which has ended", index_, number);
+    }
+    // A block that has not run yet has no shared memory.
+    if (other->anchor_ == nullptr) fail("block %d: block %d has not begun", index_, number);
+    return other->anchor_ + (static_cast<const char*>(own) - anchor_);
+  }
+
   void before_load_of_result() const {
     if (early_ && !fiber_->has_waited) {
       fail("block %d, thread %u: loads a result before it has waited", index_, threadIdx.x);
@@ -178,6 +208,7 @@ class Block {
     this_block = this;
     blockIdx.x = static_cast<unsigned>(index_);
     std::unique_lock<std::mutex> lock(mutex_);
+    anchor_ = &anchor_of_shared_memory;
     while (!has_ended()) {
       changed_.wait(lock, [this] { return is_running_; });
       run_to_stop();
@@ -198,7 +229,7 @@ class Block {
     }
     if (all_are(State::kBarrier)) {
       for (Fiber& fiber : fibers_) fiber.state = State::kRunnable;
-    } else if (!has_ended() && !waits()) {
+    } else if (!has_ended() && !waits() && !is_at_cluster_barrier()) {
       fail("block %d: %d threads stand in a shuffle, %d at a barrier, %d wait, %d have ended",
            index_, count(State::kShuffle), count(State::kBarrier), count(State::kWait),
            count(State::kEnded));
@@ -273,6 +304,7 @@ class Block {
   std::vector<Fiber> fibers_;
   Fiber* fiber_ = nullptr;
   Place scheduler_;
+  char* anchor_ = nullptr;
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -317,8 +349,19 @@ void Grid::run() {
     for (const auto& block : blocks_) block->release();
   }
   std::vector<Block*> running = all();
+  cluster = running;
   while (!running.empty()) {
     chooser_.visit_all(running, [](Block* block) { block->advance(); });
+    remove(&running, &Block::has_ended);
+    std::vector<Block*> others = running;
+    remove(&others, &Block::is_at_cluster_barrier);
+    if (running.empty() || !others.empty()) continue;
+    if (running.size() < blocks_.size()) fail("a block ended, others wait at the cluster barrier");
+    // Each runs ahead as far as it can while the others have not yet left the barrier.
+    chooser_.visit_all(running, [](Block* block) {
+      block->leave_cluster_barrier();
+      while (!block->has_ended() && !block->is_at_cluster_barrier()) block->advance();
+    });
     remove(&running, &Block::has_ended);
   }
   for (const auto& block : blocks_) block->join();
@@ -333,5 +376,13 @@ uint64_t shuffle_down(uint64_t value, int offset) {
 void wait_for_previous_kernel() { this_block->wait_for_previous_kernel(); }
 
 void before_load_of_result() { this_block->before_load_of_result(); }
+
+void arrive_at_cluster_barrier() { this_block->arrive_at_cluster_barrier(); }
+
+void wait_at_cluster_barrier() { this_block->wait_at_cluster_barrier(); }
+
+const void* shared_memory_of(int block, const void* own) {
+  return this_block->shared_memory_of(block, own);
+}
 
 }  // namespace gradclip::emulation
