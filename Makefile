@@ -66,6 +66,7 @@ cuda: $(CUDA_BUILT) $(CUDA_TEST_TOOLS)  ## Build with the CUDA engine in CUDA_VE
 
 kernels: $(CUDA_ENVIRONMENT)  ## Check what nvcc makes of the CUDA kernels, for every architecture.
 	$(CUDA_PYTHON) tools/check_kernels.py
+	$(CUDA_PYTHON) tools/check_sweep.py
 
 sweep:  ## Compile what compares variants of the CUDA kernels on a GPU; bench/cuda/run.sh runs it.
 	bench/cuda/run.sh build/sweep/sweep.csv --dry-run

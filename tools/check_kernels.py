@@ -25,6 +25,8 @@ from typing import NamedTuple
 import find_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
+# Includes all of csrc/cuda/kernels.cuh.
+KERNELS = ROOT / "csrc/cuda/launch.cu"
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 # From Segment in csrc/cuda/segments.cuh: how many 16-byte loads a thread has in flight.
@@ -121,8 +123,8 @@ def label_of(mangled: str) -> str:
     return f"{name_of(mangled).removesuffix('_kernel')}<{', '.join(arguments)}>".replace("<>", "")
 
 
-def groups_in_flight(instructions: list[Instruction]) -> int:
-    """Returns how often LOADS unconditional 16-byte loads from one base address come in a row.
+def groups_in_flight(instructions: list[Instruction], loads: int = LOADS) -> int:
+    """Returns how often `loads` unconditional 16-byte loads from one base address come in a row.
 
     Other instructions may come between them, but none that needs what was loaded, and no jump.
     """
@@ -130,19 +132,24 @@ def groups_in_flight(instructions: list[Instruction]) -> int:
     base = ""
     pending: list[str] = []
     for instruction in instructions:
-        if instruction.opcode.startswith("LDG.E.128") and not instruction.predicate:
+        if is_vector_load(instruction) and not instruction.predicate:
             target, _, address = instruction.operands.partition(",")
             address_base = re.findall(r"\bR\d+", address)[0]
             if address_base != base or _reads(address, pending):
                 pending = []
             base = address_base
             pending.append(target.strip())
-            if len(pending) == LOADS:
+            if len(pending) == loads:
                 groups += 1
                 pending = []
         elif _jumps(instruction) or _reads(instruction.operands, pending):
             pending = []
     return groups
+
+
+def is_vector_load(instruction: Instruction) -> bool:
+    """Whether it loads 16 bytes from global memory, with whatever hint for the caches."""
+    return instruction.kind == "LDG" and instruction.opcode.endswith(".128")
 
 
 def _jumps(instruction: Instruction) -> bool:
@@ -174,6 +181,20 @@ def _stays_before(jump: Instruction, wait: int) -> bool:
     return jump.kind == "BRA" and target is not None and int(target[1], 16) <= wait
 
 
+def memory_faults(resources: Resources, instructions: list[Instruction]) -> list[str]:
+    """Returns which memory is used that no kernel needs, and loads that are too narrow."""
+    found = []
+    if resources.stack:
+        found.append(f"{resources.stack} bytes of stack")
+    if resources.spills:
+        found.append(f"{resources.spills} bytes of spills")
+    for kind in sorted({instruction.kind for instruction in instructions} & {"LDL", "STL"}):
+        found.append(f"{kind}: local memory")
+    if any(i.opcode.startswith(("LDG.E.U8", "LDG.E.S8")) for i in instructions):
+        found.append("LDG.E.U8: a load taken apart into bytes")
+    return found
+
+
 def violations(
     mangled: str, architecture: str, resources: Resources, instructions: list[Instruction]
 ) -> list[str]:
@@ -183,17 +204,8 @@ def violations(
     if name not in LOOPS:
         return [f"nothing is known of it: add {name} to LOOPS in {Path(__file__).name}"]
     kinds = {instruction.kind for instruction in instructions}
-    found = []
-    if resources.stack:
-        found.append(f"{resources.stack} bytes of stack")
-    if resources.spills:
-        found.append(f"{resources.spills} bytes of spills")
-    for kind in sorted(kinds & {"LDL", "STL"}):
-        found.append(f"{kind}: local memory")
-    for kind in sorted(kinds & {"LD", "ST"}):
-        found.append(f"{kind}: memory of unknown kind")
-    if any(i.opcode.startswith(("LDG.E.U8", "LDG.E.S8")) for i in instructions):
-        found.append("LDG.E.U8: a load taken apart into bytes")
+    found = memory_faults(resources, instructions)
+    found += [f"{kind}: memory of unknown kind" for kind in sorted(kinds & {"LD", "ST"})]
     if TRIGGER in kinds:
         found.append(f"{TRIGGER}: lets the next kernel start before this one has written")
     wanted = 0 if DECAY_TABLE in mangled else LOOPS[name] * DTYPES
@@ -202,14 +214,14 @@ def violations(
     groups = groups_in_flight(instructions)
     if groups < wanted:
         found.append(f"{groups} loops with {LOADS} loads in flight, not {wanted}")
-    if name not in WITHOUT_TABLE and not any(map(_reads_table, instructions)):
+    if name not in WITHOUT_TABLE and not any(map(reads_table, instructions)):
         found.append("the table is not read from the constant bank")
     if name in WAITING and number >= FIRST_WITH_WAIT:
         found += before_wait(instructions)
     return found
 
 
-def _reads_table(instruction: Instruction) -> bool:
+def reads_table(instruction: Instruction) -> bool:
     """Whether a parameter of the kernel is read with an index."""
     return re.search(r"c\[0x0\]\[U?R\d+\+", instruction.operands) is not None
 
@@ -232,15 +244,39 @@ def find_cuobjdump(toolkit: find_cuda.Toolkit) -> Path:
     )
 
 
-def compile_kernels(toolkit: find_cuda.Toolkit, architecture: str, output: Path) -> str:
+def compile_kernels(
+    toolkit: find_cuda.Toolkit, architecture: str, output: Path, source: Path = KERNELS
+) -> str:
     """Writes the machine code to `output`; returns the report of ptxas."""
     # As setup.py does, except for the C++ standard, which torch chooses there.
     command = [toolkit.nvcc, *find_cuda.NVCC_OPTIONS, "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-    command += ["-cubin", f"-arch={architecture}", ROOT / "csrc/cuda/launch.cu", "-o", output]
+    command += ["-cubin", f"-arch={architecture}", source, "-o", output]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise RuntimeError(f"nvcc failed for {architecture}:\n{answer.stdout}{answer.stderr}")
     return answer.stdout + answer.stderr
+
+
+def compiled_kernels(
+    toolkit: find_cuda.Toolkit,
+    cuobjdump: Path,
+    architecture: str,
+    folder: Path,
+    source: Path = KERNELS,
+) -> dict[str, tuple[Resources, list[Instruction]]]:
+    """Returns what nvcc makes of the kernels of a file for one architecture, by mangled name."""
+    compiled = folder / f"{source.stem}.{architecture}.cubin"
+    resources = resources_of_kernels(compile_kernels(toolkit, architecture, compiled, source))
+    listing = subprocess.run(
+        [cuobjdump, "-sass", compiled], capture_output=True, text=True, check=True
+    ).stdout
+    instructions = instructions_of_kernels(listing)
+    if not resources or resources.keys() != instructions.keys():
+        raise RuntimeError(
+            f"ptxas reports {len(resources)} kernels for {architecture}, cuobjdump finds "
+            f"{len(instructions)}: the two differ"
+        )
+    return {name: (used, instructions[name]) for name, used in resources.items()}
 
 
 class Row(NamedTuple):
@@ -257,26 +293,17 @@ def check(
     toolkit: find_cuda.Toolkit, cuobjdump: Path, architecture: str, folder: Path
 ) -> list[Row]:
     """Compiles for one architecture and returns a row for each kernel."""
-    compiled = folder / f"{architecture}.cubin"
-    resources = resources_of_kernels(compile_kernels(toolkit, architecture, compiled))
-    listing = subprocess.run(
-        [cuobjdump, "-sass", compiled], capture_output=True, text=True, check=True
-    ).stdout
-    instructions = instructions_of_kernels(listing)
-    if not resources or resources.keys() != instructions.keys():
-        raise RuntimeError(
-            f"ptxas reports {len(resources)} kernels for {architecture}, cuobjdump finds "
-            f"{len(instructions)}: the two differ"
-        )
     return [
         Row(
             label_of(mangled),
             architecture,
             used,
-            groups_in_flight(instructions[mangled]),
-            violations(mangled, architecture, used, instructions[mangled]),
+            groups_in_flight(instructions),
+            violations(mangled, architecture, used, instructions),
         )
-        for mangled, used in resources.items()
+        for mangled, (used, instructions) in compiled_kernels(
+            toolkit, cuobjdump, architecture, folder
+        ).items()
     ]
 
 
@@ -326,7 +353,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(find_cuda.jobs()) as pool:
         results = pool.map(lambda name: check(toolkit, cuobjdump, name, Path(folder)), asked)
         rows = sorted((row for result in results for row in result), key=lambda row: row.label)
-    print_rows(rows, arguments.verbose)
+    return report(rows, arguments.verbose)
+
+
+def report(rows: list[Row], verbose: bool) -> int:
+    """Prints the rows and what is wrong with them; returns the exit status."""
+    print_rows(rows, verbose)
     broken = [row for row in rows if row.violations]
     for row in broken:
         print(f"{row.label} for {row.architecture}: {'; '.join(row.violations)}", file=sys.stderr)
