@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,41 @@ import torch
 import gradclip_ext
 from gradclip_ext import __main__ as main_module
 from gradclip_ext import _built_with
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The number of lines does not depend on the machine; tests that need a GPU make one up."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes up GPUs of these compute capabilities, and a build for sm_80 and sm_90."""
+
+    def make_up(*capabilities):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "made up")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(_built_with, "CUDA", "13.0")
+        monkeypatch.setattr(_built_with, "CUDA_CODES", ("sm_80", "sm_90"))
+
+    return make_up
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The devices that are checked, by a single check that fails on those in `failing`."""
+    devices, failing = [], []
+
+    def check(device):
+        devices.append(str(device))
+        if str(device) in failing:
+            raise AssertionError("it is wrong here")
+
+    monkeypatch.setattr(main_module, "_CHECKS", {"a check": check})
+    return devices, failing
 
 
 def test_report(capsys):
@@ -30,7 +66,11 @@ def test_report(capsys):
 
 def test_as_a_command():
     result = subprocess.run(
-        [sys.executable, "-m", "gradclip_ext"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "gradclip_ext"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == 0, result.stderr
     assert "All 9 checks passed." in result.stdout
@@ -98,13 +138,63 @@ def test_code_with_a_letter_does_not_cover_newer_gpus():
     assert "NOT COVERED" in main_module._coverage((9, 1), ("sm_90a", "compute_90a"))
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "made up")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 0))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_built_with, "CUDA", "13.0")
-    monkeypatch.setattr(_built_with, "CUDA_CODES", ("sm_80",))
+def test_devices(gpus, monkeypatch):
+    gpus((8, 0))
     assert main_module._here()["devices"].endswith(", cuda:0 (made up, 8.0, runs sm_80)")
     monkeypatch.setattr(_built_with, "CUDA", None)
     assert main_module._here()["devices"].endswith(", cuda:0 (made up)")
+
+
+def test_every_covered_gpu_is_checked(gpus, checked, capsys):
+    gpus((8, 0), (9, 0))
+    assert main_module.main() == 0
+    assert checked[0] == ["cpu", "cuda:0", "cuda:1"]
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.startswith("self-check")]
+    assert headings == ["self-check on cpu", "self-check on cuda:0", "self-check on cuda:1"]
+    assert lines[-1] == "All 3 checks passed."
+
+
+def test_a_failure_on_one_gpu_is_told_there(gpus, checked, capsys):
+    gpus((8, 0), (9, 0))
+    checked[1].append("cuda:1")
+    assert main_module.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    (failure,) = [line for line in lines if "FAILED" in line]
+    assert failure.endswith("FAILED: it is wrong here")
+    assert lines.index("self-check on cuda:1") == lines.index(failure) - 1
+    assert lines[-1] == "1 of 3 checks failed: do not use this installation."
+
+
+def test_a_gpu_that_is_not_covered_is_told_in_one_line(gpus, checked, capsys):
+    gpus((7, 5), (9, 0))
+    assert main_module.main() == 1
+    assert checked[0] == ["cpu", "cuda:1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "All 2 checks passed."
+    assert lines[-1] == "cuda:0 is 7.5, NOT COVERED: build again with TORCH_CUDA_ARCH_LIST=7.5"
+
+
+@pytest.mark.parametrize("without", ["engine", "CUDA in torch"])
+def test_a_gpu_that_no_engine_of_the_build_is_for_is_not_checked(
+    gpus, checked, monkeypatch, without
+):
+    gpus((7, 5))
+    if without == "engine":
+        monkeypatch.setattr(_built_with, "CUDA", None)
+    else:
+        monkeypatch.setattr(torch.version, "cuda", None)
+    assert main_module.main() == 0
+    assert checked[0] == ["cpu"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_self_check_on_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    result = subprocess.run(
+        [sys.executable, "-m", "gradclip_ext"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    checks = 9 * (1 + torch.cuda.device_count())
+    assert f"All {checks} checks passed." in result.stdout
