@@ -22,10 +22,10 @@ the buffer was filled in place, which leaves more of it in cache.
 
 On CUDA a call starts on an idle GPU with a cold L2 cache. Its time is that between the events
 before and after it, launch overhead included. "device" is the time with launches hidden behind work
-queued earlier, "host" how long the call blocks the host. The table shows the first, and the kernels
-per call as the profiler counts them. "copy" is a device-to-device copy whose reads and writes add
-up to the bytes of the gradients; both bandwidths are in the data, the largest of each below the
-table.
+queued earlier, "host" how long the call blocks the host. The table shows all three in microseconds,
+our device time by that of the roofline, and the kernels per call as the profiler counts them,
+torch's and ours. "copy" is a device-to-device copy whose reads and writes add up to the bytes of
+the gradients; both bandwidths are in the data, the largest of each below the table.
 """
 
 from __future__ import annotations
@@ -90,8 +90,23 @@ COLUMNS = {
     "fastest other": -29,
 }
 
-# On CUDA also: kernel launches per call, ours and torch's, and device time over the roofline's.
-CUDA_COLUMNS = {"launches": 8, "torch": 6, "on device": 9}
+# Fits into 160 characters. The ratio to the roofline is that of device times.
+CUDA_COLUMNS = {
+    "workload": -15,
+    "dtype": -8,
+    "kind": -5,
+    "tensors": 7,
+    "MB": 8,
+    "torch us": 9,
+    "ours us": 9,
+    "torch/ours": 10,
+    "torch device": 12,
+    "ours device": 11,
+    "ours/roofline": 13,
+    "torch host": 10,
+    "ours host": 9,
+    "launches": 8,
+}
 
 
 def roofline_call(implementation: str, gradients: Gradients) -> tuple[Call, Call]:
@@ -267,19 +282,18 @@ def row_of(
 
 
 def line_of(table: Table, row: dict[str, Any]) -> str:
+    return table.line(cuda_cells(row) if "launches" in row else cpu_cells(row))
+
+
+def cpu_cells(row: dict[str, Any]) -> list[str]:
     implementations = row["implementations"]
-    ours, reference = implementations[OURS], implementations[REFERENCE]
+    ours = implementations[OURS]
     others = {
         name: values for name, values in implementations.items() if name not in (OURS, REFERENCE)
     }
     other = min(others, key=lambda name: others[name]["median_us"], default="")
-    cells = [
-        row["workload"],
-        row["dtype"],
-        row["kind"],
-        str(row["tensors"]),
-        f"{row['bytes'] / 1e6:.3f}",
-        f"{reference['median_us']:.1f}" + ("" if reference["believable"] else "!"),
+    return [
+        *first_cells(row),
         f"{ours['median_us']:.1f}",
         f"{ours['q20_us']:.1f} .. {ours['q80_us']:.1f}",
         f"{row['ratio']:.2f}",
@@ -290,14 +304,35 @@ def line_of(table: Table, row: dict[str, Any]) -> str:
         and f"{other} {others[other]['median_us']:.1f}"
         + ("" if others[other]["believable"] else "!"),
     ]
-    if "launches" in row:
-        counts = row["launches"]
-        cells += [
-            str(counts[OURS]),
-            str(counts[REFERENCE]),
-            f"{row['device_ratio_to_roofline']:.2f}",
-        ]
-    return table.line(cells)
+
+
+def cuda_cells(row: dict[str, Any]) -> list[str]:
+    implementations, counts = row["implementations"], row["launches"]
+    ours, reference = implementations[OURS], implementations[REFERENCE]
+    return [
+        *first_cells(row),
+        f"{ours['median_us']:.1f}",
+        f"{row['ratio']:.2f}",
+        f"{reference['device']['median_us']:.1f}",
+        f"{ours['device']['median_us']:.1f}",
+        f"{row['device_ratio_to_roofline']:.2f}",
+        f"{reference['host']['median_us']:.1f}",
+        f"{ours['host']['median_us']:.1f}",
+        f"{counts[REFERENCE]}/{counts[OURS]}",
+    ]
+
+
+def first_cells(row: dict[str, Any]) -> list[str]:
+    reference = row["implementations"][REFERENCE]
+    megabytes = row["bytes"] / 1e6
+    return [
+        row["workload"],
+        row["dtype"],
+        row["kind"],
+        str(row["tensors"]),
+        f"{megabytes:.3f}" if megabytes < 1000 else f"{megabytes:.1f}",
+        f"{reference['median_us']:.1f}" + ("" if reference["believable"] else "!"),
+    ]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -353,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.workloads
         for dtype in ([WORKLOADS[name].dtype] if WORKLOADS[name].dtype else options.dtypes)
     ]
-    table = Table({**COLUMNS, **(CUDA_COLUMNS if device.type == "cuda" else {})})
+    table = Table(CUDA_COLUMNS if device.type == "cuda" else COLUMNS)
     tqdm.write(table.head())
     rows = []
     # disable=None: a bar on a terminal, nothing if the output is redirected.
@@ -365,12 +400,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.set_description(f"{workload.name} {dtype} {kind}")
             row = row_of(workload, dtype, kind, gradients, peers, clock, options.seconds)
             rows.append(row)
+            # At once, so that an interrupted run keeps what it has measured.
+            save({**facts, "seconds": options.seconds, "rows": rows}, path)
             tqdm.write(line_of(table, row))
             progress.update()
-        # After every case, so that an interrupted run keeps what it has measured.
-        save({**facts, "seconds": options.seconds, "rows": rows}, path)
         # Freed first, since two of the largest lists may not fit into memory together.
         del gradients
+        if device.type == "cuda":
+            # What is kept for tensors of other sizes, too.
+            torch.cuda.empty_cache()
     progress.close()
     if any(
         not implementation["believable"]

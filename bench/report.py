@@ -79,7 +79,10 @@ def default_path(facts: dict[str, Any], *words: str) -> Path:
 
 def save(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    # Replaced as a whole: whoever stops the run in between finds the report before this one.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
 class Table:

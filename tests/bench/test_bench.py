@@ -221,6 +221,26 @@ def test_shortfalls_are_large_rows_above_the_roofline(
     )
 
 
+def test_an_interrupted_run_keeps_its_rows(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = module("clip")
+    rows = iter(report["rows"][:2])
+
+    def row_of(*_: object) -> dict[str, Any]:
+        for row in rows:
+            return row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clip, "row_of", row_of)
+    path = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        clip.main(["--workloads", "one_scalar", "--threads", "1", "--output", str(path)])
+    # All of one workload, so that the file was not only written between workloads.
+    assert json.loads(path.read_text())["rows"] == report["rows"][:2]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_errors_are_within_the_tolerance(report: dict[str, Any]) -> None:
     tolerances = {"float32": 2e-7, "bfloat16": 4e-3}
     for row in report["rows"]:
