@@ -10,6 +10,8 @@ import pytest
 import suites
 import torch
 
+pytest_plugins = ["borrowed"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -1,61 +1,205 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and without network, against the torch that is installed:
-# build, tests, compute-sanitizer, benchmarks. Results, plots and logs go to OUT. Continues after a
-# failure, so that one run shows everything, and then exits with 1. Under 8 minutes.
+# What needs a GPU, in one call without network, against the torch that is installed. Nothing else
+# has to be installed. Under 9 minutes.
 #
-#   tools/gpu_check.sh OUT
+#   tools/gpu_check.sh OUT             build for this GPU, self-check, tests, benchmark, plots
+#   tools/gpu_check.sh --sweep OUT     variants of the kernels (bench/cuda), compute-sanitizer
+#   tools/gpu_check.sh --dry-run ...   rehearses either without a GPU, with an existing build
+#
+# Leaves at most 8 files in OUT: summary.txt, logs.tar.gz, and what was measured. Goes on after a
+# step that fails, unless nothing after it could work, and then exits with 1; with 2 if it cannot
+# start at all. PYTHON names the interpreter.
 set -uo pipefail
-out=$(realpath -m "${1:?usage: tools/gpu_check.sh OUT}")
-cd "$(dirname "$0")/.." || exit 1
-mkdir -p "$out"
-python=${PYTHON:-python3}
-summary=$out/summary.txt
-: > "$summary"
-failed=0
 
-# step NAME SECONDS COMMAND...: runs the command with its output in OUT/NAME.log.
-step() {
-  local name=$1 limit=$2 start=$SECONDS status=ok
-  shift 2
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
-  printf '%-12s %-14s %4d s   %s\n' "$name" "$status" $((SECONDS - start)) \
-    "$(grep -v '^ *$' "$out/$name.log" | tail -n 1 | cut -c 1-100)" | tee -a "$summary"
-  [ "$status" = ok ]
+# Seconds that each step may take. Those of one mode, with GRACE for each, stay below 540.
+declare -A LIMIT=(
+  [probe]=40 [build]=110
+  [report]=25 [tests]=135 [bench]=150 [plots]=25
+  [sweep]=165 [memcheck]=40 [racecheck]=40 [initcheck]=45 [synccheck]=30
+)
+# From the interrupt, after which Python says where it stood, to the end.
+GRACE=5
+
+usage() {
+  echo "usage: tools/gpu_check.sh [--sweep] [--dry-run] OUT" >&2
+  exit 2
 }
 
-"$python" - << 'EOF' | tee -a "$summary"
-import torch
+sweep='' dry_run=''
+while [[ ${1-} == --* ]]; do
+  case $1 in
+    --sweep) sweep=1 ;;
+    --dry-run) dry_run=1 ;;
+    *) usage ;;
+  esac
+  shift
+done
+[ $# = 1 ] && [ -n "$1" ] || usage
+out=$(realpath -m -- "$1")
+cd "$(dirname "$0")/.." || exit 2
+summary=$out/summary.txt
+{ mkdir -p -- "$out" && : > "$summary"; } 2> /dev/null || {
+  echo "gpu_check: cannot write to $out" >&2
+  exit 2
+}
+rm -f -- "$out"/logs.tar.gz "$out"/clip-gpu* "$out"/sweep.csv
 
-if not torch.cuda.is_available():
-    raise SystemExit("torch finds no GPU")
-name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-print(f"{name}, {capability[0]}.{capability[1]}; torch {torch.__version__}")
-EOF
-[ "${PIPESTATUS[0]}" = 0 ] || exit 1
+python=${PYTHON:-python3}
+# Scripts in other folders find the package here.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 GRADCLIP_DRY_RUN=$dry_run
+logs=$(mktemp -d)
+trap 'rm -rf -- "$logs"' EXIT
+failed=0
 
-# For this GPU only: CI compiles the other architectures.
-TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c \
-  'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
-export TORCH_CUDA_ARCH_LIST GRADCLIP_CUDA=1
+# step NAME COMMAND...: runs the command with its output in NAME.log, and keeps all logs in OUT.
+step() {
+  local name=$1 start=$SECONDS status=ok code=0
+  shift
+  # A shell that runs in the background has its children ignore interrupts.
+  timeout -s INT -k "$GRACE" "${LIMIT[$name]}" env --default-signal=INT "$@" \
+    > "$logs/$name.log" 2>&1 < /dev/null || code=$?
+  case $code in
+    0) ;;
+    124 | 137) status='TIMED OUT' failed=1 ;;
+    *) status="FAILED ($code)" failed=1 ;;
+  esac
+  line "$name" "$status" "$((SECONDS - start)) of ${LIMIT[$name]} s" "$(last_line "$name")"
+  tar -czf "$out/logs.tar.gz" -C "$logs" .
+  return "$code"
+}
 
-step build 180 "$python" setup.py build_ext --inplace || { tail -n 40 "$out/build.log"; exit 1; }
-step report 60 "$python" -m gradclip_ext
-step tests 240 "$python" -m pytest -q -m cuda -p no:cacheprovider --durations=10 tests
+not_run() {
+  failed=1
+  line "$1" 'not run' '' "$2"
+}
 
-sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-if [ -x "$sanitizer" ]; then
-  for tool in memcheck racecheck initcheck; do
-    # Without torch's caching allocator, which would hide accesses beyond an allocation.
-    step "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" tools/gpu_sanitize.py
+line() { printf '%-10s %-12s %12s   %s\n' "$@" | tee -a "$summary"; }
+
+last_line() { grep -v '^ *$' "$logs/$1.log" | tail -n 1 | cut -c 1-160; }
+
+lacks() { grep -q "^missing $1\$" "$logs/probe.log"; }
+
+# The end of the output, where people look, and all of it that some tools keep: 12,000 characters.
+finish() {
+  {
+    for name in report plots memcheck racecheck initcheck synccheck; do
+      grep -q "^$name  *[FT]" "$summary" && section "$name" 900 tail -n 12 "$logs/$name.log"
+    done
+    [ -f "$logs/tests.log" ] && section tests 3800 failing_tests
+    [ -f "$logs/sweep.log" ] && section sweep 5500 cat "$logs/sweep.log"
+    [ -f "$logs/bench.log" ] && section bench 5200 cat "$logs/bench.log"
+    section summary 2000 cat "$summary"
+  } | tail -c 11900
+  exit "$failed"
+}
+
+# section NAME BYTES COMMAND...: the end of what the command prints.
+section() {
+  local name=$1 bytes=$2
+  shift 2
+  printf '\n== %s\n' "$name"
+  "$@" | cut -c 1-400 | tail -c "$bytes"
+}
+
+failing_tests() { grep -E '^(FAILED|ERROR) |^worker .* crashed' "$logs/tests.log" | head -c 3700; }
+
+probe='
+import importlib.util, os, platform, torch
+
+for name in ("hypothesis", "matplotlib", "numpy", "pytest", "tqdm", "xdist"):
+    if importlib.util.find_spec(name) is None:
+        print("missing", name)
+if os.environ["GRADCLIP_DRY_RUN"]:
+    card, capability = "dry run", "9.0"
+elif torch.cuda.is_available():
+    card = torch.cuda.get_device_name()
+    capability = "%d.%d" % torch.cuda.get_device_capability()
+else:
+    raise SystemExit(f"torch {torch.__version__} in {os.path.dirname(torch.__file__)} finds no GPU")
+print("capability", capability)
+print(f"{card}, {capability}; torch {torch.__version__}, Python {platform.python_version()}")
+'
+step probe "$python" -c "$probe" || exit 2
+missing=$(sed -n 's/^missing //p' "$logs/probe.log" | paste -sd ' ')
+[ -z "$missing" ] || line missing '' '' "$missing: tests that need one of them are skipped"
+timeout 10 nvidia-smi -q > "$logs/nvidia-smi.log" 2>&1 || true
+
+build() {
+  # For this GPU only: CI compiles for the others.
+  local list=${TORCH_CUDA_ARCH_LIST:-$(sed -n 's/^capability //p' "$logs/probe.log")}
+  local command=(setup.py build_ext --inplace)
+  # A new build could pull the extension from under processes that have it loaded.
+  [ -z "$dry_run" ] || command=(setup.py build_ext --help)
+  step build env GRADCLIP_CUDA=1 TORCH_CUDA_ARCH_LIST="$list" "$python" "${command[@]}" || {
+    section build 8000 tail -n 60 "$logs/build.log"
+    finish
+  }
+  # Nothing on the GPU works without code for it.
+  step report "$python" -m gradclip_ext || ! grep -q 'NOT COVERED' "$logs/report.log" || finish
+}
+
+check() {
+  local arguments=(-q -m cuda -p no:cacheprovider --durations=10 --continue-on-collection-errors)
+  # Processes share the GPU, and memory is counted for each. Not by file: pytest-xdist would run a
+  # test that ends its process again and again.
+  lacks xdist || arguments+=(-n 6 --dist worksteal)
+  [ -z "$dry_run" ] || arguments+=(--collect-only)
+  if lacks pytest; then
+    not_run tests 'pytest is not installed'
+  else
+    # COLUMNS: so that the summary shows what failed, and not only where.
+    step tests env COLUMNS=300 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+      "$python" -m pytest "${arguments[@]}" --borrowed 30 tests
+  fi
+
+  arguments=(--suite gpu --device cuda)
+  [ -z "$dry_run" ] || arguments=(--suite ci --workloads one_scalar --seconds 0)
+  if lacks tqdm; then
+    not_run bench 'tqdm is not installed'
+  else
+    step bench "$python" bench/clip.py "${arguments[@]}" --output "$out/clip-gpu.json"
+  fi
+
+  if lacks matplotlib; then
+    not_run plots 'matplotlib is not installed'
+  elif [ ! -f "$out/clip-gpu.json" ]; then
+    not_run plots 'nothing was measured'
+  else
+    step plots "$python" bench/plot.py "$out/clip-gpu.json"
+  fi
+}
+
+sanitize() {
+  local tool command options sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  for tool in memcheck racecheck initcheck synccheck; do
+    # Host backtraces would take minutes, for torch is large.
+    options=(--tool "$tool" --error-exitcode 1 --show-backtrace device --print-limit 20)
+    # torch asks for what it may do, and some of the answers are errors.
+    [ "$tool" != memcheck ] || options+=(--report-api-errors no)
+    # Only our kernels. But initcheck has to see all that write the memory that ours read.
+    if [ "$tool" != initcheck ] && "$sanitizer" --help 2> /dev/null | grep -q -- '--kernel-name '; then
+      options+=(--kernel-name kns=gradclip)
+    fi
+    command=("$sanitizer" "${options[@]}" "$python" tools/gpu_sanitize.py)
+    [ -z "$dry_run" ] || command=("$python" tools/gpu_sanitize.py --help)
+    if [ -z "$dry_run" ] && [ ! -x "$sanitizer" ]; then
+      not_run "$tool" 'compute-sanitizer is not installed'
+    else
+      # Without torch's caching allocator, which would hide accesses beyond an allocation.
+      step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"
+    fi
   done
+}
+
+if [ -n "$sweep" ]; then
+  # Needs no build.
+  step sweep bash bench/cuda/run.sh "$out/sweep.csv" ${dry_run:+--dry-run}
+  build
+  sanitize
 else
-  echo "compute-sanitizer is not installed: not run" | tee -a "$summary"
+  build
+  check
 fi
-
-step bench 240 "$python" bench/clip.py --suite gpu --device cuda --output "$out/clip-gpu.json"
-[ -f "$out/clip-gpu.json" ] && step plots 60 "$python" bench/plot.py "$out/clip-gpu.json"
-
-[ -f "$out/bench.log" ] && cat "$out/bench.log"
-[ "$failed" = 0 ] || grep -hE '^(FAILED|ERROR) ' "$out/tests.log" | head -n 30
-exit "$failed"
+finish
