@@ -15,7 +15,7 @@ set -uo pipefail
 declare -A LIMIT=(
   [probe]=40 [build]=110
   [report]=25 [tests]=135 [bench]=150 [plots]=25
-  [sweep]=165 [memcheck]=40 [racecheck]=40 [initcheck]=45 [synccheck]=30
+  [sweep]=175 [memcheck]=40 [racecheck]=35 [initcheck]=40 [synccheck]=25
 )
 # From the interrupt, after which Python says where it stood, to the end.
 GRACE=5
@@ -194,8 +194,9 @@ sanitize() {
 }
 
 if [ -n "$sweep" ]; then
-  # Needs no build.
-  step sweep bash bench/cuda/run.sh "$out/sweep.csv" ${dry_run:+--dry-run}
+  # Needs no build. A minute is left to compile it, and to print its table.
+  step sweep bash bench/cuda/run.sh "$out/sweep.csv" --seconds $((LIMIT[sweep] - 60)) \
+    ${dry_run:+--dry-run}
   build
   sanitize
 else
