@@ -56,9 +56,7 @@ failed=0
 step() {
   local name=$1 start=$SECONDS status=ok code=0
   shift
-  # A shell that runs in the background has its children ignore interrupts.
-  timeout -s INT -k "$GRACE" "${LIMIT[$name]}" env --default-signal=INT "$@" \
-    > "$logs/$name.log" 2>&1 < /dev/null || code=$?
+  timeout -s INT -k "$GRACE" "${LIMIT[$name]}" "$@" > "$logs/$name.log" 2>&1 < /dev/null || code=$?
   case $code in
     0) ;;
     124 | 137) status='TIMED OUT' failed=1 ;;
@@ -80,17 +78,15 @@ last_line() { grep -v '^ *$' "$logs/$1.log" | tail -n 1 | cut -c 1-160; }
 
 lacks() { grep -q "^missing $1\$" "$logs/probe.log"; }
 
-# The end of the output, where people look, and all of it that some tools keep: 12,000 characters.
+# The end of the output, where people look: no more than the 12,000 characters that some tools keep.
 finish() {
-  {
-    for name in report plots memcheck racecheck initcheck synccheck; do
-      grep -q "^$name  *[FT]" "$summary" && section "$name" 900 tail -n 12 "$logs/$name.log"
-    done
-    [ -f "$logs/tests.log" ] && section tests 3800 failing_tests
-    [ -f "$logs/sweep.log" ] && section sweep 5500 cat "$logs/sweep.log"
-    [ -f "$logs/bench.log" ] && section bench 5200 cat "$logs/bench.log"
-    section summary 2000 cat "$summary"
-  } | tail -c 11900
+  for name in report plots memcheck racecheck initcheck synccheck; do
+    grep -q "^$name  *[FT]" "$summary" && section "$name" 700 tail -n 12 "$logs/$name.log"
+  done
+  [ -f "$logs/tests.log" ] && section tests 3600 failing_tests
+  [ -f "$logs/sweep.log" ] && section sweep 5500 cat "$logs/sweep.log"
+  [ -f "$logs/bench.log" ] && section bench 5000 cat "$logs/bench.log"
+  section summary 1800 cat "$summary"
   exit "$failed"
 }
 
@@ -102,7 +98,7 @@ section() {
   "$@" | cut -c 1-400 | tail -c "$bytes"
 }
 
-failing_tests() { grep -E '^(FAILED|ERROR) |^worker .* crashed' "$logs/tests.log" | head -c 3700; }
+failing_tests() { grep -E '^(FAILED|ERROR) |^worker .* crashed' "$logs/tests.log" | head -c 3500; }
 
 probe='
 import importlib.util, os, platform, torch

@@ -115,7 +115,7 @@ def check(clone: Path, tmp_path: Path) -> Callable[..., Outcome]:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            # As in a shell that runs in the background.
+            # As in a shell that runs in the background, whose children ignore interrupts.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         calls = [tuple(json.loads(line)) for line in (clone / "calls").read_text().splitlines()]
