@@ -167,15 +167,16 @@ check() {
 }
 
 sanitize() {
-  local tool command options sanitizer
+  local tool command help options sanitizer
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  help=$("$sanitizer" --help 2>&1)
   for tool in memcheck racecheck initcheck synccheck; do
     # Host backtraces would take minutes, for torch is large.
     options=(--tool "$tool" --error-exitcode 1 --show-backtrace device --print-limit 20)
     # torch asks for what it may do, and some of the answers are errors.
     [ "$tool" != memcheck ] || options+=(--report-api-errors no)
     # Only our kernels. But initcheck has to see all that write the memory that ours read.
-    if [ "$tool" != initcheck ] && "$sanitizer" --help 2> /dev/null | grep -q -- '--kernel-name '; then
+    if [ "$tool" != initcheck ] && [[ $help == *'--kernel-name '* ]]; then
       options+=(--kernel-name kns=gradclip)
     fi
     command=("$sanitizer" "${options[@]}" "$python" tools/gpu_sanitize.py)

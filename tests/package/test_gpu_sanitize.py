@@ -17,7 +17,7 @@ PATH = Path(__file__).resolve().parents[2] / "tools" / "gpu_sanitize.py"
 # Of the module, not of gradients.
 OTHERS = {
     *("have_clippable_units", "hold_exactly", "holds_twice", "instruction_set", "is_flat"),
-    *("is_native", "known_number", "observed", "set_device_mode_type"),
+    *("is_native", "known_number", "observed", "set_device_mode_type", "set_tuning"),
 }
 
 
