@@ -24,6 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLIP_FACTOR, EPS, WEIGHT_DECAY, CLIP_VALUE = 0.5, 1e-3, 0.25, 0.75
 # Relative accuracy before a result is rounded. In float32, sums are taken in short chains.
 EXACTLY, IN_FLOAT64, IN_FLOAT32 = 0.0, 1e-13, 1e-6
+# Long units are left to torch, whose sums in float32 may be off by more.
+BY_TORCH = 1e-5
 
 
 class Case(NamedTuple):
@@ -279,7 +281,7 @@ def clip_rows(run: Run) -> None:
         limits = CLIP_FACTOR * weight.reshape(rows.shape).norm(dim=1, keepdim=True).clamp(min=EPS)
         coefficients = torch.where(norms > limits, limits / norms.clamp(min=1e-6), 1.0)
         expected.append((rows * coefficients).reshape(before.shape))
-    run.expect_gradients(expected, IN_FLOAT32)
+    run.expect_gradients(expected, BY_TORCH)
 
 
 OPERATIONS: dict[str, Callable[[Run], None]] = {

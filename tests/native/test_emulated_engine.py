@@ -200,3 +200,9 @@ def test_bad_tuning(name, value, message, package_folder):
     code = f"import torch, gradclip_ext; gradclip_ext._C.set_tuning({name!r}, {value})"
     result = run(package_folder, ["-c", code])
     assert result.stderr.splitlines()[-1] == f"ValueError: set_tuning: {message}"
+
+
+def test_lists_of_the_sanitizers(package_folder):
+    result = run(package_folder, [str(ROOT / "tools" / "gpu_sanitize.py"), "--device", "cpu"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all values correct\n")
