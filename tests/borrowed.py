@@ -1,7 +1,8 @@
 """pytest --borrowed SECONDS: for a machine that is at hand for minutes, and holds what it holds.
 
-No test may take longer than so many seconds. hypothesis does not shrink what fails. Test files that
-import a package which the machine lacks are skipped.
+No test may take longer than so many seconds. What fails is named at once, in a line after "!! ",
+since there may be no time for a summary; hypothesis does not shrink it. Test files that import a
+package which the machine lacks are skipped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,21 @@ class Borrowed:
         if report.failed and missing:
             report.outcome = "skipped"
             report.longrepr = (report.nodeid, 0, f"Skipped: {missing[1]} is not installed")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.name_if_failed(report)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.name_if_failed(report)
+
+    def name_if_failed(self, report: pytest.CollectReport | pytest.TestReport) -> None:
+        # What the processes of pytest-xdist report comes to the first one.
+        if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = str(crash.message if crash else report.longrepr).strip().splitlines()
+            # Of an error in collecting, the last line says what it was.
+            line = lines[0 if crash else -1] if lines else ""
+            print(f"\n!! {report.nodeid} - {line}", file=self.stderr, flush=True)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

@@ -187,9 +187,10 @@ def test_limits_and_files(check: Callable[..., Outcome], mode: list[str]) -> Non
 
 
 def test_a_failing_step_does_not_stop_the_others(check: Callable[..., Outcome]) -> None:
-    failures = "\n".join(f"FAILED tests/test_a.py::test_{i} - assert 1 == 2" for i in range(9))
+    failures = [f"tests/test_a.py::test_{i} - assert 1 == 2" for i in range(9)]
+    named = "\n".join(f"!! {failure}" for failure in failures)
     outcome = check(
-        tests={"print": f"E   assert 1 == 2\n{failures}\n9 failed in 3 s", "exit": 1},
+        tests={"print": f"..F\n{named}\nE   assert 1 == 2\n9 failed in 3 s", "exit": 1},
         bench={"print": "workload  torch us\nsmall  12.0"},
         plots={"print": "no rows", "exit": 2},
     )
@@ -198,15 +199,20 @@ def test_a_failing_step_does_not_stop_the_others(check: Callable[..., Outcome]) 
     assert re.search(r"^tests +FAILED \(1\) +\d+ of \d+ s +9 failed in 3 s$", outcome.summary, re.M)
     assert re.search(r"^bench +ok ", outcome.summary, re.M)
     # At the end, where people look: what failed, the figures, the summary.
-    order = ["== plots\nno rows", f"== tests\n{failures}", "== bench\nworkload", "== summary\n"]
+    order = [
+        "== plots\nno rows",
+        "== tests\n" + "\n".join(failures),
+        "== bench\nworkload",
+        "== summary\n",
+    ]
     places = [outcome.text.index(text) for text in order]
     assert places == sorted(places)
     assert outcome.text.endswith(outcome.summary)
-    assert outcome.log("tests").startswith("E   assert 1 == 2\n")
+    assert outcome.log("tests").startswith("..F\n")
 
 
 def test_the_end_of_the_output_has_it_all(check: Callable[..., Outcome]) -> None:
-    failed = "\n".join(f"FAILED tests/test_a.py::test_{i} - {'x' * 500}" for i in range(2000))
+    failed = "\n".join(f"!! tests/test_a.py::test_{i} - {'x' * 500}" for i in range(2000))
     table = "\n".join(f"{f'row {i}':160}" for i in range(25))
     outcome = check(
         tests={"print": f"{failed}\n2000 failed", "exit": 1},
