@@ -85,10 +85,10 @@ finish() {
   for name in report plots memcheck racecheck initcheck synccheck; do
     grep -q "^$name  *[FT]" "$summary" && section "$name" 700 tail -n 12 "$logs/$name.log"
   done
-  [ -f "$logs/tests.log" ] && section tests 3600 failing_tests
+  [ -f "$logs/tests.log" ] && section tests 4600 failing_tests
   [ -f "$logs/sweep.log" ] && section sweep 5500 cat "$logs/sweep.log"
-  [ -f "$logs/bench.log" ] && section bench 5000 cat "$logs/bench.log"
-  section summary 1800 cat "$summary"
+  [ -f "$logs/bench.log" ] && section bench 4200 cat "$logs/bench.log"
+  section summary 1700 cat "$summary"
   exit "$failed"
 }
 
@@ -100,7 +100,7 @@ section() {
   "$@" | cut -c 1-400 | tail -c "$bytes"
 }
 
-failing_tests() { grep -a '^!! ' "$logs/tests.log" | cut -c 4- | head -c 3500; }
+failing_tests() { grep -a '^!! ' "$logs/tests.log" | cut -c 4-170 | head -c 4500; }
 
 probe='
 import importlib.util, os, platform, torch
