@@ -27,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     seconds = config.option.borrowed
     if not seconds:
         return
-    config.pluginmanager.register(Borrowed(seconds), "borrowed machine")
+    # A process of pytest-xdist has it.
+    is_worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Borrowed(seconds, is_worker), "borrowed machine")
     with contextlib.suppress(ImportError):
         from hypothesis import Phase, settings
 
@@ -39,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Borrowed:
     """Hooks that are in place only where the option is given."""
 
-    def __init__(self, seconds: int) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: int, is_worker: bool) -> None:
+        self.seconds, self.is_worker = seconds, is_worker
         # That of the process, which pytest redirects while a test runs.
         self.stderr = os.fdopen(os.dup(2), "w")
 
@@ -60,8 +62,8 @@ class Borrowed:
         self.name_if_failed(report)
 
     def name_if_failed(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        # What the processes of pytest-xdist report comes to the first one.
-        if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        # What the workers report comes to the first process.
+        if report.failed and not self.is_worker:
             crash = getattr(report.longrepr, "reprcrash", None)
             lines = str(crash.message if crash else report.longrepr).strip().splitlines()
             # Of an error in collecting, the last line says what it was.
@@ -85,7 +87,7 @@ class Borrowed:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
             faulthandler.cancel_dump_traceback_later()
-        if "PYTEST_XDIST_WORKER" in os.environ and gpu_is_lost():
+        if self.is_worker and gpu_is_lost():
             print(f"{item.nodeid}: the CUDA context is lost", file=self.stderr, flush=True)
             os._exit(1)
 
