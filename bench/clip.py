@@ -44,6 +44,7 @@ from tqdm import tqdm
 from workloads import DTYPES, SIGMA, WORKLOADS, Gradients, Workload
 
 import gradclip_ext
+from gradclip_ext import _C
 
 KINDS = ("quiet", "clip", "value")
 # Reads and writes of all gradients that the roofline counts.
@@ -357,6 +358,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compile", action="store_true", help="also time torch.compile (slow to compile)"
     )
     parser.add_argument(
+        "--tuning",
+        nargs="+",
+        type=knob,
+        default=[],
+        metavar="NAME=VALUE",
+        help="see csrc/cuda/tuning.h; for a build with GRADCLIP_TUNING=1",
+    )
+    parser.add_argument(
         "--output", type=Path, help="JSON file (default: named after the run, in bench/results)"
     )
     options = parser.parse_args(arguments)
@@ -370,7 +379,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, value)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device")
+    if options.tuning and not hasattr(_C, "set_tuning"):
+        parser.error("--tuning needs a build with GRADCLIP_TUNING=1")
+    try:
+        for name, value in options.tuning:
+            _C.set_tuning(name, value)
+    except ValueError as error:
+        parser.error(str(error))
     return options
+
+
+def knob(text: str) -> tuple[str, int]:
+    """NAME=VALUE as a pair."""
+    name, _, value = text.partition("=")
+    return name, int(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,6 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     clock = clock_for(device)
     facts = environment(device)
+    if options.tuning:
+        facts["tuning"] = dict(options.tuning)
     path = options.output or default_path(
         facts, "clip", *([] if options.suite == "default" else [options.suite])
     )

@@ -21,6 +21,8 @@ struct Tuning {
   int64_t early_start = 1;
 };
 
+static_assert(Tuning().one_block_tensors <= kSmallTable);
+
 #if defined(GRADCLIP_TUNING)
 inline Tuning& tuning() {
   static Tuning own;

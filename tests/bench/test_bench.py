@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -295,3 +296,29 @@ def test_step_benchmark_reports_shares(tmp_path: Path) -> None:
         assert values["share"] == pytest.approx(medians[name] / values["step"]["median_us"])
         assert 0 < values["share"] < 1
     assert row["clip_ratio"] == medians["torch"] / medians["gradclip_ext"]
+
+
+class TestTuning:
+    def test_reaches_the_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clip = module("clip")
+        found = {}
+        monkeypatch.setattr(clip, "_C", types.SimpleNamespace(set_tuning=found.__setitem__))
+        options = clip.parse_arguments(["--tuning", "early_start=0", "one_block_tensors=20"])
+        assert found == dict(options.tuning) == {"early_start": 0, "one_block_tensors": 20}
+
+    def test_of_another_build(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            module("clip").parse_arguments(["--tuning", "early_start=0"])
+        assert "needs a build with GRADCLIP_TUNING=1" in capsys.readouterr().err
+
+    def test_unknown_names(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def set_tuning(name: str, value: int) -> None:
+            raise ValueError(f"set_tuning: there is no {name}")
+
+        clip = module("clip")
+        monkeypatch.setattr(clip, "_C", types.SimpleNamespace(set_tuning=set_tuning))
+        with pytest.raises(SystemExit):
+            clip.parse_arguments(["--tuning", "threads=1"])
+        assert "there is no threads" in capsys.readouterr().err
