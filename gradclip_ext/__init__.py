@@ -5,6 +5,7 @@
 
 from gradclip_ext import _native as _native
 from gradclip_ext._version import __version__
+from gradclip_ext.amp import unscale_and_clip_grad_norm_
 from gradclip_ext.clipper import ClipReport, GradClipper
 from gradclip_ext.functional import (
     clip_grad_norm_,
@@ -44,4 +45,5 @@ __all__ = [
     "get_total_norm",
     "grad_clipping",
     "grad_norms",
+    "unscale_and_clip_grad_norm_",
 ]

@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_weight_decay_", &add_weight_decay_, arg("parameters"), arg("weight_decay"));
   m.def("clip_units_", &clip_units_, arg("parameters"), arg("clip_factor"), arg("eps"));
   m.def("have_clippable_units", &have_clippable_units, arg("parameters"));
+  m.def("fit_fused_step", &fit_fused_step, arg("parameters"));
   m.def("power_sum", &power_sum, arg("tensors"), arg("norm_type"));
   m.def("scale_tensors_", &scale_tensors_, arg("tensors"), arg("coefficient"));
   m.def("clamp_tensors_", &clamp_tensors_, arg("tensors"), arg("clip_value"));

@@ -165,6 +165,15 @@ std::optional<at::Tensor> clip_units_(const TensorList& gradients, const TensorL
              });
 }
 
+bool fit_fused_step(const TensorList& gradients, const TensorList& parameters) {
+  const std::vector<at::Tensor>& tensors = gradients.tensors();
+  return std::none_of(tensors.begin(), tensors.end(),
+                      [](const at::Tensor& gradient) {
+                        return gradient.scalar_type() == at::kDouble || gradient.is_neg();
+                      }) &&
+         same_layout(gradients, parameters) && !share_any_memory(gradients, parameters);
+}
+
 bool have_clippable_units(const TensorList& gradients, const TensorList& parameters) {
   const std::vector<at::Tensor>& ours = gradients.tensors();
   const std::vector<at::Tensor>& theirs = parameters.tensors();

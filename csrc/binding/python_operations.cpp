@@ -188,6 +188,13 @@ bool have_clippable_units(py::handle parameters) {
          binding::have_clippable_units(gradients, weights);
 }
 
+bool fit_fused_step(py::handle parameters) {
+  TensorList gradients(/*accept_complex=*/false);
+  TensorList weights(/*accept_complex=*/false);
+  return gather_pairs(parameters, &gradients, &weights) &&
+         binding::fit_fused_step(gradients, weights);
+}
+
 py::object power_sum(py::handle tensors, double norm_type) {
   const std::optional<Norm> kind = native_norm(norm_type);
   if (!kind) throw py::value_error("norm_type has to be 1, 2 or inf");

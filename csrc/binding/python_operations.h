@@ -26,6 +26,7 @@ py::object add_weight_decay_(py::handle parameters, double weight_decay);
 py::object clip_units_(py::handle parameters, double clip_factor, double eps);
 // Whether clip_units_ would look no further for a reason to decline.
 bool have_clippable_units(py::handle parameters);
+bool fit_fused_step(py::handle parameters);
 
 // The primitives take native, flat tensors of one device, as sorted by the fallback, and raise
 // instead of declining.

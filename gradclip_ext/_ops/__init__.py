@@ -33,11 +33,13 @@ from gradclip_ext._ops.scalars import (
     known,
     lerp,
     minimum,
+    product,
     quotient,
     select,
     smallest,
     square_root,
 )
+from gradclip_ext._ops.torch_ops import norm_dtype
 
 __all__ = [
     "Caller",
@@ -53,14 +55,18 @@ __all__ = [
     "floor",
     "get_total_norm",
     "grad_norms",
+    "have_float64",
     "have_native_units",
     "in_tensor",
     "isfinite",
     "known",
     "lerp",
+    "measure",
     "minimum",
     "native_grad_norms",
     "native_grad_norms_of_each",
+    "norm_coefficient",
+    "product",
     "project_",
     "quotient",
     "refuse_meta",
@@ -71,6 +77,9 @@ __all__ = [
     "smallest",
     "square_root",
 ]
+
+# What the norm is increased by before it divides, as in torch.
+NORM_EPSILON = 1e-6
 
 
 def clip_grad_norm_(
@@ -175,6 +184,29 @@ def native_grad_norms_of_each(
     return _C.grad_norms(parameters, norm_type, dtype, 0.0)
 
 
+def measure(
+    parameters: Sequence[Any], norm_type: float, caller: Caller
+) -> tuple[Tensor, torch.dtype]:
+    """The norm of all gradients, 0-dim and float64, and the dtype that it is to be returned in.
+
+    It is measured as accurately as that dtype requires. 0 in float32 if there is no gradient.
+    """
+    norms = native_grad_norms(parameters, norm_type, None)
+    if norms is None:
+        return fallback.measure(parameters, norm_type, caller)
+    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return norms[0], norm_dtype(given) if given else torch.float32
+
+
+def norm_coefficient(max_norm: Scalar, norm: Scalar) -> Scalar:
+    """What :func:`clip_grad_norm_` multiplies by, in float64; see there."""
+    max_norm = _known_max_norm(max_norm)
+    if isinstance(max_norm, Tensor):
+        checked = torch.where(max_norm >= 0.0, max_norm, math.nan)
+        max_norm = known(checked.detach().reshape(()).to(torch.float64))
+    return clip_coefficient(max_norm, norm, NORM_EPSILON)
+
+
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
     """Multiply every gradient by a number, or by a 0-dim tensor without a device sync."""
     if compiling() or _C.scale_(parameters, coefficient) is None:
@@ -266,6 +298,12 @@ def refuse_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
     listed = [parameter for group in groups for parameter in group]
     given, own = gradients.read_grads(listed, Caller("GradClipper", names=tuple(names)))
     gradients.refuse_meta(given, own, "GradClipper")
+
+
+def have_float64(parameters: Sequence[Any]) -> bool:
+    """Whether any gradient is float64, the squares of whose finite elements may overflow."""
+    wide = (torch.float64, torch.complex128)
+    return any(p.grad is not None and p.grad.dtype in wide for p in parameters)
 
 
 def are_complex(parameters: Sequence[Any]) -> bool:

@@ -141,6 +141,19 @@ def grad_norms(
         return total, torch.stack(each)
 
 
+@torch.no_grad()
+def measure(
+    parameters: Sequence[Any], norm_type: float, caller: Caller
+) -> tuple[Tensor, torch.dtype]:
+    given, names = read_grads(parameters, caller)
+    if not given:
+        return torch.zeros((), dtype=torch.float64, device="cpu"), torch.float32
+    refuse_integers(given, names, caller.function)
+    with _profiler_range(caller):
+        norm, _ = Gradients(given, names, norm_type).total_norm(norm_type, None, torch.float64)
+    return dtensor.whole(norm), torch_ops.norm_dtype(given)
+
+
 def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
     """The norm of one gradient as a plain 0-dim float64 tensor."""
     gradients = Gradients([gradient], [name], norm_type)

@@ -27,6 +27,7 @@ __all__ = [
     "known",
     "lerp",
     "minimum",
+    "product",
     "quotient",
     "select",
     "smallest",
@@ -108,6 +109,13 @@ def quotient(dividend: Scalar, divisor: Scalar) -> Scalar:
     if isinstance(divisor, float) and divisor == 0.0:
         return dividend * math.inf
     return dividend / divisor
+
+
+def product(number: Scalar, other: Scalar) -> Scalar:
+    """Of two numbers, on the device of the first that is a tensor."""
+    if isinstance(number, Tensor) and isinstance(other, Tensor):
+        other = other.to(number.device)
+    return number * other
 
 
 def clip_coefficient(limit: Scalar, norm: Scalar, epsilon: float) -> Scalar:

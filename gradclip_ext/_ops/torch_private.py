@@ -1,31 +1,47 @@
 """Every private or version-dependent name of torch that this package relies on, in one place.
 
-Each was checked against torch 2.6 and 2.13. A future torch that moves one of them breaks this file,
-visibly, and nothing else.
+Each was checked against torch 2.6 and 2.13, those of scalers and optimizers against 2.14 as well. A
+future torch that moves one of them breaks this file, visibly, and nothing else.
 """
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.optim.optimizer as optimizer_module
+from torch import Tensor
+from torch.amp import GradScaler
 from torch.utils._device import DeviceContext
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "DeviceContext",
+    "UnscaleGrads",
     "device_has_foreach_support",
     "dispatches_itself",
     "foreach_add_",
     "foreach_clamp_",
     "foreach_mul_",
     "has_foreach_support",
+    "has_step_pre_hooks",
+    "has_torch_step",
     "is_wrapped",
     "is_zero_tensor",
+    "looks_at_flags_itself",
     "negated",
     "parts",
+    "reads_flags",
+    "refuse_float16",
+    "replaces_step",
+    "replaces_unscaling",
+    "require_names",
     "stored_values",
     "unobserved",
+    "unscale_with",
+    "unscaling_undone_on_error",
 ]
 
 
@@ -96,3 +112,128 @@ def dispatches_itself(tensor: torch.Tensor) -> bool:
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:
     """The values of a sparse COO tensor as they are stored, coalesced or not, sharing memory."""
     return sparse._values()
+
+
+# What GradScaler.unscale_ hands the gradients of an optimizer to: optimizer, reciprocal of the
+# scale, flag to set, whether float16 is allowed. It gives the flags by device.
+UnscaleGrads = Callable[[Any, Tensor, Tensor, bool], dict[torch.device, Tensor]]
+
+
+def replaces_unscaling(scaler: GradScaler) -> bool:
+    """Whether the class or the object has another way to unscale than torch's ``GradScaler``."""
+    return _replaces(scaler, "unscale_") or _replaces(scaler, "_unscale_grads_")
+
+
+def replaces_step(scaler: GradScaler) -> bool:
+    """Whether it has another ``step``, which may not leave ``grad_scale`` as it is."""
+    return _replaces(scaler, "step")
+
+
+def _replaces(scaler: GradScaler, name: str) -> bool:
+    return name in vars(scaler) or getattr(type(scaler), name) is not getattr(GradScaler, name)
+
+
+def unscale_with(scaler: GradScaler, optimizer: Any, unscale_grads: UnscaleGrads) -> None:
+    """Call ``scaler.unscale_(optimizer)`` with another pass over the gradients than torch's."""
+    scaler._unscale_grads_ = unscale_grads  # type: ignore
+    try:
+        scaler.unscale_(optimizer)
+    finally:
+        del scaler._unscale_grads_
+
+
+def refuse_float16(scaler: GradScaler, optimizer: Any, inverse: Tensor, found_inf: Tensor) -> None:
+    """Raise what torch raises for a float16 gradient of the optimizer, before it writes any."""
+    GradScaler._unscale_grads_(scaler, optimizer, inverse, found_inf, False)
+
+
+def reads_flags(optimizer: Any) -> bool:
+    """Whether ``GradScaler.step`` leaves it to the step to look for infinities."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@contextlib.contextmanager
+def unscaling_undone_on_error(scaler: GradScaler, optimizers: Sequence[Any]) -> Iterator[None]:
+    """After an exception the scaler knows of these optimizers what it knew before."""
+    states = scaler._per_optimizer_states
+    keys = [id(optimizer) for optimizer in optimizers]
+    before = {key: dict(states[key]) for key in keys if key in states}
+    try:
+        yield
+    except BaseException:
+        for key in keys:
+            states.pop(key, None)
+        states.update(before)
+        raise
+
+
+@contextlib.contextmanager
+def looks_at_flags_itself(optimizer: Any) -> Iterator[None]:
+    """After an overflow ``GradScaler.step`` does not call the step of a fused optimizer either.
+
+    It would otherwise call it with the flag, so that the step does nothing.
+    """
+    name = "_step_supports_amp_scaling"
+    before = vars(optimizer).get(name)
+    if before is None:
+        yield
+        return
+    setattr(optimizer, name, False)
+    try:
+        yield
+    finally:
+        setattr(optimizer, name, before)
+
+
+def has_torch_step(optimizer: Any, classes: Sequence[type]) -> bool:
+    """Whether ``optimizer.step`` is that of one of torch's classes.
+
+    What torch puts around it is allowed, its profiler range and the counter of a learning rate
+    scheduler. Anything else may change gradients or leave the step to another optimizer.
+    """
+    steps = [type(optimizer).step]
+    if "step" in vars(optimizer):
+        steps.append(vars(optimizer)["step"])
+    own = [inspect.unwrap(cls.step) for cls in classes]  # type: ignore[attr-defined]
+    for step in steps:
+        step = getattr(step, "__func__", step)
+        while True:
+            if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch.optim."):
+                return False
+            if not hasattr(step, "__wrapped__"):
+                break
+            step = step.__wrapped__
+        if step not in own:
+            return False
+    return True
+
+
+def has_step_pre_hooks(optimizer: Any) -> bool:
+    """Whether a hook is called before a step, one of the optimizer or one of all optimizers."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer_module._global_optimizer_pre_hooks)
+
+
+def require_names() -> None:
+    """Raise, naming the version of torch, if it has moved what the functions above rely on."""
+    optimizer = torch.optim.SGD([torch.zeros(1, device="cpu")], fused=True)
+    scaler = GradScaler("cpu")
+    moved = [
+        name
+        for name, owner in (
+            ("GradScaler._unscale_grads_", GradScaler),
+            ("GradScaler._per_optimizer_states", scaler),
+            ("Optimizer._optimizer_step_pre_hooks", optimizer),
+            ("optim.optimizer._global_optimizer_pre_hooks", optimizer_module),
+            ("Optimizer._step_supports_amp_scaling", optimizer),
+        )
+        if not hasattr(owner, name.rpartition(".")[2])
+    ]
+    if moved:
+        raise ImportError(
+            f"gradclip_ext: torch {torch.__version__} has no {' and no '.join(moved)}, on which "
+            "clipping with a GradScaler or a fused optimizer relies; it is known to work with "
+            "torch 2.6, 2.13 and 2.14"
+        )
+
+
+require_names()

@@ -32,6 +32,7 @@ WITH_EXAMPLES = (
     "clip_grad_norm",
     "grad_clipping",
     "grad_norms",
+    "unscale_and_clip_grad_norm_",
 )
 
 

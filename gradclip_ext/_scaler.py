@@ -1,0 +1,101 @@
+"""What a ``GradScaler`` is told: that gradients are unscaled, and whether one is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from gradclip_ext import _arguments, _ops
+from gradclip_ext._ops import Scalar, torch_private
+
+__all__ = ["Unscaling", "read_scaler", "refuse_closure", "undone_on_error"]
+
+
+def read_scaler(scaler: Any, function: str) -> GradScaler | None:
+    """The scaler, or None for one that is disabled and so does nothing.
+
+    Raises:
+        TypeError: it is no scaler.
+    """
+    if isinstance(scaler, GradScaler):
+        return scaler if scaler.is_enabled() else None
+    remedy = ""
+    if isinstance(scaler, torch.optim.Optimizer):
+        remedy = "; the scaler comes before the optimizer"
+    raise TypeError(
+        f"{function}: scaler has to be a torch.amp.GradScaler, "
+        f"found {_arguments.describe(scaler)}{remedy}"
+    )
+
+
+def refuse_closure(scaler: GradScaler | None) -> None:
+    """Raise what torch raises for a closure in a step that an enabled scaler takes."""
+    if scaler is not None:
+        raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+
+
+class Unscaling:
+    """Makes a scaler take the gradients of some optimizers to be unscaled from here on.
+
+    Torch's own ``unscale_`` makes the checks and keeps the records; only its pass over the
+    gradients is left out, because ours does its work. A scaler with another way to unscale does it
+    all by itself.
+
+    Attributes:
+        inverse: what the gradients have yet to be multiplied by: the reciprocal of the scale as
+            torch rounds it, 1 if they have been.
+        is_done: whether the scaler has unscaled them and looked for infinities itself.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizers: Sequence[Any]) -> None:
+        self.inverse: Scalar = 1.0
+        self.is_done = torch_private.replaces_unscaling(scaler)
+        self._scaler = scaler
+        self._flags: list[Tensor] = []
+        for optimizer in optimizers:
+            if self.is_done:
+                scaler.unscale_(optimizer)
+            else:
+                torch_private.unscale_with(scaler, optimizer, self._unscale_grads)
+
+    def _unscale_grads(
+        self, optimizer: Any, inverse: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Stands in for the scaler's pass, and touches no gradient."""
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not allow_fp16 and any(gradient.dtype == torch.float16 for gradient in gradients):
+            torch_private.refuse_float16(self._scaler, optimizer, inverse, found_inf)
+        self.inverse = _ops.known(inverse.to(torch.float64))
+        if not gradients:
+            return {}
+        self._flags.append(found_inf)
+        # A single flag for all devices: fused optimizers skip a step when their sum is exactly 1.
+        return {found_inf.device: found_inf}
+
+    def report_overflow(self, found: bool | Tensor) -> None:
+        """Tell the scaler, for every optimizer, whether a gradient is NaN or infinite."""
+        for flag in self._flags:
+            if isinstance(found, Tensor):
+                flag.copy_(found)
+            elif found:
+                flag.fill_(1.0)
+
+
+@contextlib.contextmanager
+def undone_on_error(scaler: GradScaler | None, optimizers: Sequence[Any]) -> Iterator[None]:
+    """After an error the scaler knows of the optimizers what it knew before."""
+    if scaler is None:
+        yield
+        return
+    with torch_private.unscaling_undone_on_error(scaler, optimizers):
+        yield
