@@ -14,6 +14,7 @@ from gradclip_ext.functional import (
     get_total_norm,
 )
 from gradclip_ext.norms import GradNorms, grad_norms
+from gradclip_ext.optim import clip_and_step
 from gradclip_ext.textbook import add_weight_decay_, clip_grad_norm, grad_clipping
 from gradclip_ext.thresholds import (
     AGC,
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "adaptive_clip_grad_",
     "add_weight_decay_",
+    "clip_and_step",
     "clip_grad_norm",
     "clip_grad_norm_",
     "clip_grad_value_",

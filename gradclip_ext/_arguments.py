@@ -171,6 +171,15 @@ def predicate(value: Any, function: str, argument: str) -> Callable[[str, Tensor
     return value  # type: ignore[no-any-return]
 
 
+def function_without_arguments(value: Any, function: str, argument: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(
+            f"{function}: {argument} has to be a function without arguments, "
+            f"found {describe(value)}"
+        )
+
+
 def clip_bound(value: Any, function: str, argument: str) -> float:
     """``max_norm`` or ``clip_value`` of a clipper: a number greater than 0, infinity included."""
     number = _known_number(value)

@@ -86,7 +86,7 @@ class Unscaling:
         """Tell the scaler, for every optimizer, whether a gradient is NaN or infinite."""
         for flag in self._flags:
             if isinstance(found, Tensor):
-                flag.copy_(found)
+                flag.fill_(found.to(flag.device))
             elif found:
                 flag.fill_(1.0)
 

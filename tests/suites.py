@@ -8,7 +8,7 @@ TESTS = Path(__file__).resolve().parent
 
 # On the CPU, on CUDA, and on the emulated CUDA engine: their tensors name no device, so setting a
 # default device is enough. A file that tests the CPU only says so: pytestmark = cpu_only.
-ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "textbook", "thresholds"}
+ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "optim", "textbook", "thresholds"}
 # On every build of the package, once.
 ON_EVERY_BUILD = {"gpu", "package"}
 # Of the sources: they do not test the build that they run on, or compile csrc themselves.

@@ -63,8 +63,9 @@ std::optional<at::Tensor> clip_units_(const TensorList& gradients, const TensorL
 // memory of their own.
 bool have_clippable_units(const TensorList& gradients, const TensorList& parameters);
 
-// Whether all gradients have memory of their own, laid out like that of their parameters, and a dtype
-// that a float32 can scale: torch's fused optimizers walk both side by side, whatever the strides.
+// Whether all gradients have memory of their own, laid out like that of their parameters, and a
+// dtype that a float32 can scale: torch's fused optimizers walk both side by side, whatever the
+// strides.
 bool fit_fused_step(const TensorList& gradients, const TensorList& parameters);
 
 // Sum of |x|^p over all tensors, or their largest magnitude for the infinity norm: 0-dim, in

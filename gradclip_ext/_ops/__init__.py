@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import fallback, gradients, units
+from gradclip_ext._ops import fallback, fused, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.observation import compiling
@@ -53,6 +53,7 @@ __all__ = [
     "clip_units_",
     "decayed_grad_norms",
     "floor",
+    "fused_obstacle",
     "get_total_norm",
     "grad_norms",
     "have_float64",
@@ -74,6 +75,7 @@ __all__ = [
     "scale_",
     "scale_each_",
     "select",
+    "shared_memory",
     "smallest",
     "square_root",
 ]
@@ -205,6 +207,16 @@ def norm_coefficient(max_norm: Scalar, norm: Scalar) -> Scalar:
         checked = torch.where(max_norm >= 0.0, max_norm, math.nan)
         max_norm = known(checked.detach().reshape(()).to(torch.float64))
     return clip_coefficient(max_norm, norm, NORM_EPSILON)
+
+
+def fused_obstacle(parameters: Sequence[Any], takes_dtensors: bool) -> str | None:
+    """Why a fused step could not scale the gradients of these parameters; None if it can."""
+    return fused.obstacle(parameters, takes_dtensors)
+
+
+def shared_memory(parameters: Sequence[Any]) -> str | None:
+    """Which two of the parameters and their gradients share memory; None if none do."""
+    return fused.shared_memory(parameters)
 
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:

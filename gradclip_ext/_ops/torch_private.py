@@ -169,20 +169,25 @@ def unscaling_undone_on_error(scaler: GradScaler, optimizers: Sequence[Any]) -> 
 
 @contextlib.contextmanager
 def looks_at_flags_itself(optimizer: Any) -> Iterator[None]:
-    """After an overflow ``GradScaler.step`` does not call the step of a fused optimizer either.
+    """After an overflow ``GradScaler.step`` does not call the step of any optimizer.
 
-    It would otherwise call it with the flag, so that the step does nothing.
+    That of one that says it is fused would otherwise be called with the flag, to do nothing then.
     """
     name = "_step_supports_amp_scaling"
-    before = vars(optimizer).get(name)
-    if before is None:
+    before = getattr(optimizer, name, False)
+    if not before:
         yield
         return
+    is_own = name in vars(optimizer)
     setattr(optimizer, name, False)
     try:
         yield
     finally:
-        setattr(optimizer, name, before)
+        # A wrapper may have it from what it wraps, or pass on what is set.
+        if is_own or name not in vars(optimizer):
+            setattr(optimizer, name, before)
+        else:
+            delattr(optimizer, name)
 
 
 def has_torch_step(optimizer: Any, classes: Sequence[type]) -> bool:

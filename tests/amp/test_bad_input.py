@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.optim.optimizer as optimizer_module
 from scaling import (
     SCALE,
     copies,
@@ -17,6 +18,7 @@ from scaling import (
 from torch import nn
 
 from gradclip_ext import clip_grad_norm_, unscale_and_clip_grad_norm_
+from gradclip_ext._ops import torch_private
 
 
 def sgd(parameters):
@@ -174,6 +176,22 @@ def test_arguments(parameters, arguments, kind, text):
     assert str(caught.value) == text
     assert same(gradients(parameters), before)
     assert stage(scaler, optimizer) == "READY"
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch.amp.GradScaler, "_unscale_grads_"),
+        (optimizer_module, "_global_optimizer_pre_hooks"),
+    ],
+)
+def test_a_torch_without_the_private_names_is_named(owner, name, monkeypatch):
+    torch_private.require_names()
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError) as caught:
+        torch_private.require_names()
+    assert f"gradclip_ext: torch {torch.__version__} has no " in str(caught.value)
+    assert name in str(caught.value) and "2.6, 2.13 and 2.14" in str(caught.value)
 
 
 def test_parameters_that_are_no_tensors(parameters):

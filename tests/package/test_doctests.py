@@ -29,6 +29,7 @@ WITH_EXAMPLES = (
     "GradClipper",
     "adaptive_clip_grad_",
     "add_weight_decay_",
+    "clip_and_step",
     "clip_grad_norm",
     "grad_clipping",
     "grad_norms",

@@ -88,6 +88,7 @@ PARTS = {
         "clipper",
         "functional",
         "norms",
+        "optim",
         "textbook",
         "thresholds",
     },
@@ -96,6 +97,7 @@ PARTS = {
     "_build_check": {"_built_with"},
     "_report": set(),
     "_counters": {"_arguments"},
+    "_handover": {"_ops", "_owners"},
     "_measured": {"_ops"},
     "_names": set(),
     "_native": {"_C", "_build_check", "_ops"},
@@ -121,6 +123,7 @@ PARTS = {
     },
     "functional": {"_arguments", "_ops"},
     "norms": {"_arguments", "_names", "_ops", "_parameters"},
+    "optim": {"_arguments", "_handover", "_measured", "_ops", "_owners", "_scaler"},
     "textbook": {"_arguments", "_ops", "functional"},
     "thresholds": {"_arguments", "_ops"},
 }
