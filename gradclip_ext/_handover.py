@@ -132,7 +132,7 @@ class Steps:
         found: list[str | None] = ["nothing is to be handed over"] * len(owners)
         if skips is not True and (not is_one or (isinstance(skips, Tensor) and scaler is None)):
             found = obstacles(owners, scaler)
-        if isinstance(skips, Tensor) and _has_to_read(owners, found, scaler):
+        if isinstance(skips, Tensor) and scaler is None and _has_to_read(owners, found):
             # The one device sync.
             skips = bool(skips)
         self._skips = skips is True
@@ -155,16 +155,15 @@ class Steps:
                 _step(owner, self._scaler, values, self._skips)
 
 
-def _has_to_read(
-    owners: Sequence[Owner], found: Sequence[str | None], scaler: GradScaler | None
-) -> bool:
-    """Whether the host has to know of a skipped step, which a flag on the device does not prevent.
+def _has_to_read(owners: Sequence[Owner], found: Sequence[str | None]) -> bool:
+    """Whether a step without a scaler that a flag on the device skips has to be known on the host.
 
-    A scaler reads its own flags where the optimizer does not.
+    Steps that do not look at the flag would be taken, and others do harm.
     """
-    if scaler is None and any(reason is not None for reason in found):
-        return True
-    return any(_would_keep_uninitialized(owner.optimizer) for owner in owners)
+    return any(
+        reason is not None or _would_keep_uninitialized(owner.optimizer)
+        for owner, reason in zip(owners, found, strict=True)
+    )
 
 
 def _would_keep_uninitialized(optimizer: Any) -> bool:
@@ -258,9 +257,10 @@ def _step(owner: Owner, scaler: GradScaler | None, values: dict[str, Tensor], sk
         if scaler is None:
             optimizer.step()
             return
+        looks = skips or not _is_called_with_flags(optimizer)
+        looks = looks or _would_keep_uninitialized(optimizer)
         # Without gradients there is no flag to look at, and nothing to step.
-        has_flag = any(parameter.grad is not None for parameter in listed(optimizer))
-        if has_flag and (skips or not _is_called_with_flags(optimizer)):
+        if looks and any(parameter.grad is not None for parameter in listed(optimizer)):
             stack.enter_context(torch_private.looks_at_flags_itself(optimizer))
         scaler.step(optimizer)
 

@@ -18,7 +18,7 @@ class ClipReport:
         coefficient: the smallest coefficient of the last step; 1 if no limit took effect.
         limits: the limits of the last step, one for each group, ``inf`` for one that is left out;
             the smallest one of a rule with a limit for each parameter.
-        steps: calls of :meth:`GradClipper.clip_`.
+        steps: calls of :meth:`GradClipper.clip_` and :meth:`GradClipper.step`.
         clipped_steps: those with a finite norm and a coefficient below 1.
         nonfinite_steps: those whose norm was NaN or infinite.
     """

@@ -13,7 +13,13 @@ from torch.amp import GradScaler
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._ops import Scalar, torch_private
 
-__all__ = ["Unscaling", "read_scaler", "refuse_closure", "undone_on_error"]
+__all__ = [
+    "Unscaling",
+    "read_scaler",
+    "refuse_closure",
+    "undone_on_error",
+    "unscales_by_itself",
+]
 
 
 def read_scaler(scaler: Any, function: str) -> GradScaler | None:
@@ -31,6 +37,11 @@ def read_scaler(scaler: Any, function: str) -> GradScaler | None:
         f"{function}: scaler has to be a torch.amp.GradScaler, "
         f"found {_arguments.describe(scaler)}{remedy}"
     )
+
+
+def unscales_by_itself(scaler: GradScaler) -> bool:
+    """Whether the class or the object has another way to unscale, which is not to be bypassed."""
+    return torch_private.replaces_unscaling(scaler)
 
 
 def refuse_closure(scaler: GradScaler | None) -> None:
@@ -54,7 +65,7 @@ class Unscaling:
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Any]) -> None:
         self.inverse: Scalar = 1.0
-        self.is_done = torch_private.replaces_unscaling(scaler)
+        self.is_done = unscales_by_itself(scaler)
         self._scaler = scaler
         self._flags: list[Tensor] = []
         for optimizer in optimizers:
@@ -93,8 +104,11 @@ class Unscaling:
 
 @contextlib.contextmanager
 def undone_on_error(scaler: GradScaler | None, optimizers: Sequence[Any]) -> Iterator[None]:
-    """After an error the scaler knows of the optimizers what it knew before."""
-    if scaler is None:
+    """After an error the scaler knows of the optimizers what it knew before.
+
+    Not if it has unscaled their gradients by itself, which cannot be undone.
+    """
+    if scaler is None or unscales_by_itself(scaler):
         yield
         return
     with torch_private.unscaling_undone_on_error(scaler, optimizers):

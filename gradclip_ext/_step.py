@@ -64,6 +64,7 @@ class Step:
 
     __slots__ = (
         "_groups",
+        "_inverse",
         "_measured",
         "_settings",
         "coefficients",
@@ -76,8 +77,10 @@ class Step:
         "total",
     )
 
-    def __init__(self, settings: Settings, groups: Sequence[Group]) -> None:
+    def __init__(self, settings: Settings, groups: Sequence[Group], inverse: Scalar = 1.0) -> None:
         self._settings = settings
+        # What the gradients are still to be multiplied by, but not by this step.
+        self._inverse = inverse
         self.groups = groups
         # A group whose parameters are all left out has nothing to measure, and its rule no limit.
         self._groups = [group for group in groups if group.names]
@@ -221,7 +224,16 @@ class Step:
         norms = _ops.native_grad_norms(
             group.parameters, settings.norm_type, None, settings.weight_decay
         )
-        return norms and (group, _ops.known(norms[0]), *norms)
+        return norms and self._unscaled(group, *norms)
+
+    def _unscaled(self, group: Group, total: Tensor, norms: Tensor) -> _Measured:
+        inverse = self._inverse
+        # The norm of order 0 counts elements, whatever they are multiplied by.
+        if not (isinstance(inverse, float) and inverse == 1.0) and self._settings.norm_type != 0.0:
+            if isinstance(inverse, Tensor):
+                inverse = inverse.to(total.device)
+            total, norms = total * inverse, norms * inverse
+        return group, _ops.known(total), total, norms
 
     def _measured_in_any_way(self, group: Group) -> _Measured:
         settings = self._settings
@@ -231,7 +243,7 @@ class Step:
             norms = _ops.decayed_grad_norms(parameters, norm_type, weight_decay, caller)
         else:
             norms = _ops.grad_norms(parameters, norm_type, None, caller, weight_decay)
-        return group, _ops.known(norms[0]), *norms
+        return self._unscaled(group, *norms)
 
     def _together(self) -> tuple[Tensor, Tensor]:
         """The norm of all groups and the norms of all gradients, on the device of the first."""

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from gradclip_ext import _arguments, _counters, _names, _ops
+from gradclip_ext._clipper_step import ClipperStep
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
 from gradclip_ext._report import ClipReport
@@ -161,15 +164,35 @@ class GradClipper:
                 shape.
         """
         self._follow()
-        step = Step(self._settings, self._groups)
-        if self._has_own_rules:
-            self._decide_with_own_rules(step)
-        else:
-            step.decide()
+        step = self._decided(1.0)
         step.write()
-        self._counters.count(step.clips(), step.is_finite, step.skips)
-        self._tell(step.returned, step.skips | (step.is_finite ^ True))
-        self._last = step
+        self._count(step)
+        return step.returned
+
+    def step(
+        self, optimizer: Optimizer | Sequence[Optimizer], scaler: GradScaler | None = None
+    ) -> Tensor:
+        """Clip the gradients and step, which a fused optimizer does in a single pass.
+
+        The same as :meth:`clip_` and then ``optimizer.step()``; with a scaler as its ``unscale_``,
+        :meth:`clip_` and its ``step``. The optimizer is not called in a step that ``nonfinite`` or
+        ``skip_above`` skips. Where one coefficient for all gradients is not all that the clipper
+        does, or not all gradients are clipped, they are written before the step. See
+        :func:`gradclip_ext.clip_and_step`.
+
+        Returns:
+            As :meth:`clip_`, without the scale.
+
+        Raises:
+            As :meth:`clip_` and :func:`gradclip_ext.clip_and_step`. Nothing is changed then.
+        """
+        self._follow()
+        together = ClipperStep(optimizer, scaler, self._settings, self._groups)
+        with together.unscaled() as inverse:
+            step = self._decided(inverse)
+            together.write(step)
+        self._count(step)
+        together.take()
         return step.returned
 
     def report(self) -> ClipReport:
@@ -259,8 +282,12 @@ class GradClipper:
             raise
         self._counters.load_state_dict(numbers)
 
-    def _decide_with_own_rules(self, step: Step) -> None:
-        """As :meth:`Step.decide`; rules get their states back if one of them raises."""
+    def _decided(self, inverse: Scalar) -> Step:
+        """A step that is measured and decided; rules get their states back if one raises."""
+        step = Step(self._settings, self._groups, inverse)
+        if not self._has_own_rules:
+            step.decide()
+            return step
         before = self._states_of_rules()
         try:
             with torch.no_grad():
@@ -268,6 +295,12 @@ class GradClipper:
         except Exception:
             self._restore_rules(before)
             raise
+        return step
+
+    def _count(self, step: Step) -> None:
+        self._counters.count(step.clips(), step.is_finite, step.skips)
+        self._tell(step.returned, step.skips | (step.is_finite ^ True))
+        self._last = step
 
     def _tell(self, norm: Tensor, flag: bool | Tensor) -> None:
         """Set ``found_inf``, on the device of the norm; in most steps it is right already."""
