@@ -1,11 +1,15 @@
 """Measures the share of a training step that clipping takes, with torch's function and with ours.
 
     python bench/step.py
+    python bench/step.py --updates resnet50 gpt2     # the update alone; --device cuda on a GPU
 
 Three models are trained on the text of the demo: its character RNN with plain SGD, a two-layer LSTM
 and a small transformer, both with Adam. The two functions take turns in the steps of one training,
 so that both clip the same kind of gradients under the same load. The gain depends on the share: a
 model that computes for long between two calls gains little.
+
+With --updates nothing is trained: gradients of a model's shapes are unscaled, clipped and stepped
+by the fused AdamW, in the ways that updates.py lists, with and without a scaler.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import updates
 from clocks import quantiles
 from implementations import OURS, REFERENCE
 from report import Table, default_path, environment, save
@@ -222,11 +227,39 @@ def line_of(table: Table, row: dict[str, Any]) -> str:
     )
 
 
+def time_updates(options: argparse.Namespace) -> int:
+    device = options.device or torch.device("cpu")
+    facts = environment(device)
+    path = options.output or default_path(facts, "step", "updates")
+    table = Table(updates.COLUMNS)
+    tqdm.write(table.head())
+    rows, ratios = [], {}
+    for name in options.updates:
+        found = updates.rows_of(name, device, options.seconds)
+        for line in updates.lines_of(table, found):
+            tqdm.write(line)
+        ratios[name] = updates.ratios_of(found)
+        for what, ratio in ratios[name].items():
+            tqdm.write(f"{name}: {what}: {ratio:.2f}")
+        rows += found
+    save({**facts, "seconds": options.seconds, "rows": rows, "ratios": ratios}, path)
+    tqdm.write(f"\nData: {path}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument(
+        "--updates",
+        nargs="+",
+        choices=updates.SHAPES,
+        help="time the update alone, of these shapes",
+    )
+    parser.add_argument("--device", type=torch.device, help="of --updates (default: cpu)")
+    parser.add_argument("--seconds", type=float, default=45.0, help="per shape of --updates")
     parser.add_argument("--steps", type=int, default=200, help="per function")
     parser.add_argument("--quick", action="store_const", const=5, dest="steps", help="5 steps")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
@@ -237,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.steps < 2:
         parser.error("--steps has to be at least 2")
     torch.set_num_threads(options.threads)
+    if options.updates:
+        return time_updates(options)
     facts = environment(torch.device("cpu"))
     path = options.output or default_path(facts, "step")
     table = Table(COLUMNS)

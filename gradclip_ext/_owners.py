@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.amp import GradScaler
 
-from gradclip_ext import _arguments
+from gradclip_ext import _arguments, _ops
 from gradclip_ext._sources import CLIP_KEY
 
 __all__ = ["Owner", "listed", "read_optimizers", "read_owners"]
@@ -64,7 +64,6 @@ def read_owners(optimizers: Sequence[Any], function: str) -> list[Owner]:
     Raises:
         TypeError: ``"clip_grad"`` of a group is neither True nor False.
     """
-    seen: set[int] = set()
     owners = []
     for number, optimizer in enumerate(optimizers):
         place = f"optimizer[{number}]" if len(optimizers) > 1 else "optimizer"
@@ -73,12 +72,22 @@ def read_owners(optimizers: Sequence[Any], function: str) -> list[Owner]:
             wish = group.get(CLIP_KEY)
             where = f"{place}.param_groups[{index}]['{CLIP_KEY}']"
             clips = wish is None or _arguments.yes_or_no(wish, function, where)
-            for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    (owner.clipped if clips else owner.spared).append(parameter)
+            parameters = owner.clipped if clips else owner.spared
+            parameters += [p for p in group["params"] if p.grad is not None]
         owners.append(owner)
+    if _ops.holds_twice([p for owner in owners for p in (*owner.clipped, *owner.spared)]):
+        _keep_first(owners)
     return owners
+
+
+def _keep_first(owners: Sequence[Owner]) -> None:
+    """Leave every parameter to the first of its owners, and there to what is clipped."""
+    seen: set[int] = set()
+    for owner in owners:
+        for parameters in (owner.clipped, owner.spared):
+            first = {id(parameter): parameter for parameter in parameters}
+            parameters[:] = [first[key] for key in first if key not in seen]
+            seen.update(first)
 
 
 def listed(optimizer: Any) -> list[Tensor]:

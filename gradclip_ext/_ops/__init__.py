@@ -39,7 +39,7 @@ from gradclip_ext._ops.scalars import (
     smallest,
     square_root,
 )
-from gradclip_ext._ops.torch_ops import norm_dtype
+from gradclip_ext._ops.torch_ops import promoted_dtype
 
 __all__ = [
     "Caller",
@@ -58,6 +58,7 @@ __all__ = [
     "grad_norms",
     "have_float64",
     "have_native_units",
+    "holds_twice",
     "in_tensor",
     "isfinite",
     "known",
@@ -196,8 +197,9 @@ def measure(
     norms = native_grad_norms(parameters, norm_type, None)
     if norms is None:
         return fallback.measure(parameters, norm_type, caller)
-    given = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return norms[0], norm_dtype(given) if given else torch.float32
+    gradients = [parameter.grad for parameter in parameters]
+    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+    return norms[0], promoted_dtype(dtypes) if dtypes else torch.float32
 
 
 def norm_coefficient(max_norm: Scalar, norm: Scalar) -> Scalar:
@@ -310,6 +312,11 @@ def refuse_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
     listed = [parameter for group in groups for parameter in group]
     given, own = gradients.read_grads(listed, Caller("GradClipper", names=tuple(names)))
     gradients.refuse_meta(given, own, "GradClipper")
+
+
+def holds_twice(parameters: Sequence[Any]) -> bool:
+    """Whether an object is listed more than once."""
+    return _C.holds_twice(parameters)
 
 
 def have_float64(parameters: Sequence[Any]) -> bool:

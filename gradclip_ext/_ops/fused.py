@@ -102,10 +102,9 @@ def _obstacle_of_one(parameter: Tensor, gradient: Tensor) -> str | None:
 
 def _are_of_plain_types(parameters: Sequence[Any]) -> bool:
     """Whether no class of its own can make something else of the step's operation."""
-    return all(
-        type(parameter) in _TYPES and (parameter.grad is None or type(parameter.grad) in _TYPES)
-        for parameter in parameters
-    )
+    types = {type(parameter) for parameter in parameters}
+    types |= {type(parameter.grad) for parameter in parameters}
+    return types <= {*_TYPES, type(None)}
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -7,8 +7,9 @@ layouts), for a norm_type it does not support, and whenever something has to see
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,10 +60,12 @@ def tensor_norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the norm of these tensors: their promoted dtype, real for complex."""
-    dtype = tensors[0].dtype.to_real()
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
-    return dtype
+    return promoted_dtype([tensor.dtype for tensor in tensors])
+
+
+def promoted_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the norm of tensors of these dtypes, of which there is at least one."""
+    return functools.reduce(torch.promote_types, [dtype.to_real() for dtype in dtypes])
 
 
 def widened_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -93,7 +93,7 @@ def test_no_script_imports_a_script() -> None:
     scripts = {name for name, text in sources.items() if '\nif __name__ == "__main__":\n' in text}
     assert scripts == {
         *("clip", "clipper", "step", "instructions", "plot", "shortfalls"),
-        *("char_rnn", "watch_norms"),
+        *("amp_train", "char_rnn", "watch_norms"),
     }
     imports = {name: imported_names(ast.parse(text)) & scripts for name, text in sources.items()}
     assert not any(imports.values()), imports
@@ -322,3 +322,36 @@ class TestTuning:
         with pytest.raises(SystemExit):
             clip.parse_arguments(["--tuning", "threads=1"])
         assert "there is no threads" in capsys.readouterr().err
+
+
+def test_step_benchmark_times_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, step = module("updates"), module("step")
+    # The shapes of a small model, so that it takes a second.
+    monkeypatch.setattr(updates, "SHAPES", ("mlp",))
+    path = tmp_path / "updates.json"
+    arguments = ["--updates", "mlp", "--seconds", "0", "--threads", "1", "--output", str(path)]
+    assert step.main(arguments) == 0
+    report = json.loads(path.read_text())
+    rows = {(row["part"], row["kind"]): row["implementations"] for row in report["rows"]}
+    assert len(rows) == 8
+    clipped = rows["step", "clip"]
+    assert [values["bytes"] for values in clipped.values()] == [28, 40, 40, 36]
+    scaled = rows["step with scaler", "clip"]
+    assert [values["bytes"] for values in scaled.values()] == [40, 48, 40, 36]
+    medians = {name: values["median_us"] for name, values in clipped.items()}
+    extra = medians["clip_and_step"] - medians["no clipping"]
+    expected = extra / (medians["clip + step"] - medians["no clipping"])
+    ratios = report["ratios"]["mlp"]
+    assert ratios["extra of clip_and_step / extra of clip + step"] == pytest.approx(expected)
+    yardstick = rows["step", "quiet"]["no clipping"]
+    assert yardstick["measured_bytes"] == pytest.approx(28.0)
+
+
+def test_updates_that_leave_wrong_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = module("updates")
+    update = updates.Update("mlp", torch.device("cpu"))
+    max_norm = update.model.norm / 2
+    way = update.ways(max_norm)["clip + step"]
+    update.check(way, update.restore, max_norm)
+    with pytest.raises(SystemExit, match="wrong gradients"):
+        update.check(way, update.restore, 2 * max_norm)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Adam, AdamW
 
-from gradclip_ext import clip_and_step, unscale_and_clip_grad_norm_
+from gradclip_ext import _ops, clip_and_step, unscale_and_clip_grad_norm_
 from gradclip_ext._ops import fused
 
 pytestmark = pytest.mark.cpu_only
@@ -28,8 +28,13 @@ class TestOnFakeGpu:
 
     @pytest.fixture(autouse=True)
     def fake(self, monkeypatch):
-        # A fake tensor is not plain; all else that is looked at is the same.
+        # A fake tensor is not plain, and the engine cannot multiply it; all else is the same.
+        def scale_(parameters, coefficient, caller):
+            for parameter in parameters:
+                parameter.grad.mul_(coefficient)
+
         monkeypatch.setattr(fused, "obstacle", lambda *_: None)
+        monkeypatch.setattr(_ops, "scale_", scale_)
         with FakeTensorMode():
             yield
 

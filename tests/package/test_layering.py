@@ -112,7 +112,7 @@ PARTS = {
     "_names": set(),
     "_native": {"_C", "_build_check", "_ops"},
     "_ops": {"_C", "_arguments"},
-    "_owners": {"_arguments", "_sources"},
+    "_owners": {"_arguments", "_ops", "_sources"},
     "_parameters": {"_arguments", "_names", "_sources"},
     "_sources": {"_C", "_arguments"},
     "_scaler": {"_arguments", "_ops"},
