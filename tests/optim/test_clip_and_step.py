@@ -324,6 +324,17 @@ class TestNonfinite:
         with numbers_stay_in_tensors():
             _steps_of(optimizer, MAX_NORM, skips=True)
 
+    def test_the_first_step_of_momentum_with_a_scaler(self, monkeypatch):
+        from gradclip_ext import _ops
+
+        monkeypatch.setattr(_ops, "known", lambda number: number)
+        mine = make_parameters()
+        mine[1].grad[3] = math.inf
+        optimizer, scaler = SGD(mine, lr=LR, momentum=0.9, fused=True), make_scaler()
+        clip_and_step(optimizer, MAX_NORM, scaler=scaler)
+        assert len(optimizer.state) == 0 and stage(scaler, optimizer) == "STEPPED"
+        assert optimizer._step_supports_amp_scaling
+
     def test_a_plain_optimizer_on_a_device_reads_the_flag(self):
         mine = make_parameters()
         with numbers_stay_in_tensors(), pytest.raises(AssertionError, match="read on the host"):
