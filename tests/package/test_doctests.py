@@ -111,13 +111,17 @@ def test_pages_without_examples():
 
 def test_readme_clips():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        first, second = (dict(names) for names in run_blocks(ROOT / "README.md"))
+        first, second, third = (dict(names) for names in run_blocks(ROOT / "README.md"))
     assert first["norm"].item() > 1.0
 
     report = second["clipper"].report()
     assert (report.steps, report.nonfinite_steps) == (3, 0)
     assert report.total_norm > 1.0
     assert printed.getvalue() == f"{report.as_dict()}\n"
+
+    assert third["norm"].item() > 1.0
+    gradients = [parameter.grad for parameter in third["model"].parameters()]
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_first_block_of_readme_updates_the_model_by_a_clipped_step():
