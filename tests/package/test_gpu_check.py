@@ -342,8 +342,6 @@ def test_results_of_an_earlier_run_do_not_stay(check: Callable[..., Outcome]) ->
 )
 def test_dry_run(tmp_path: Path, mode: list[str], steps: list[str]) -> None:
     """Imports, collects and compiles all that the run on a GPU needs."""
-    if mode and not (ROOT / "bench" / "cuda" / "run.sh").exists():
-        pytest.skip("needs bench/cuda")
     if mode and subprocess.run([sys.executable, ROOT / "tools" / "find_cuda.py"]).returncode:
         pytest.skip("needs a CUDA toolkit")
     out = tmp_path / "out"
