@@ -14,7 +14,14 @@ from gradclip_ext._measured import has_nonfinite
 from gradclip_ext._ops import Scalar
 from gradclip_ext._owners import read_optimizers, read_owners
 from gradclip_ext._rules import Group
-from gradclip_ext._scaler import Unscaling, read_scaler, undone_on_error, unscales_by_itself
+from gradclip_ext._scaler import (
+    Unscaling,
+    read_scaler,
+    require_unscalable,
+    share_overflow,
+    undone_on_error,
+    unscales_by_itself,
+)
 from gradclip_ext._step import Settings, Step
 from gradclip_ext.thresholds import AGC
 
@@ -52,8 +59,11 @@ class ClipperStep:
             return
         require_gradients(self._owners, _FUNCTION)
         if not self._hands_over:
+            stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
+            require_unscalable(scaler, self._optimizers, stepped, self._caller)
             for optimizer in self._optimizers:
                 scaler.unscale_(optimizer)
+            share_overflow(scaler, self._optimizers)
             yield 1.0
             return
         with undone_on_error(scaler, self._optimizers):
@@ -77,6 +87,11 @@ class ClipperStep:
         # A scaler knows of infinities, but of no spike: with both, a GPU has to be asked.
         if not (self._may_drop() and bool(step.skips & (overflow ^ True))):
             self._steps = Steps(self._owners, factors, self._caller, self._scaler)
+        elif self._unscaling is not None:
+            # For the scaler they are unscaled from here on, as after its own pass.
+            inverse = self._unscaling.inverse
+            for owner in self._owners:
+                _ops.scale_([*owner.clipped, *owner.spared], inverse, self._caller)
 
     def take(self) -> None:
         """Take the steps of the optimizers, unless they are to be skipped."""
@@ -87,9 +102,13 @@ class ClipperStep:
         """Whether a step may be skipped for another reason than the one that a scaler knows."""
         settings = self._settings
         may_skip = settings.skip_above is not None or (
-            # Whose squares may overflow where no element is infinite.
             settings.nonfinite == "skip"
-            and any(_ops.have_float64(owner.clipped) for owner in self._owners)
+            and (
+                # The clipper may have gradients that are not stepped.
+                not self._hands_over
+                # Whose squares may overflow where no element is infinite.
+                or any(_ops.have_float64(owner.clipped) for owner in self._owners)
+            )
         )
         return may_skip and self._scaler is not None
 

@@ -81,7 +81,7 @@ def _obstacle(optimizer: Any) -> str | None:
             return f"param_groups[{index}] is not fused"
     if torch_private.has_step_pre_hooks(optimizer):
         return "a step pre-hook would see gradients that are not clipped yet"
-    own = vars(optimizer).get(_GRAD_SCALE)
+    own = _attribute(optimizer, _GRAD_SCALE)
     if own is not None and not (type(own) is Tensor and own.numel() == 1):
         return "its own grad_scale is not a tensor of one element"
     takes_dtensors = torch_private.has_torch_step(optimizer, _FUSED_FOR_DTENSORS)
@@ -135,8 +135,8 @@ class Steps:
         if isinstance(skips, Tensor) and scaler is None and _has_to_read(owners, found):
             # The one device sync.
             skips = bool(skips)
-        self._skips = skips is True
-        if self._skips:
+        self._skips = skips
+        if skips is True:
             return
         if not is_one:
             self._values = [
@@ -151,7 +151,7 @@ class Steps:
     def take(self) -> None:
         """Take the steps, or none of them if they are known to be skipped."""
         for owner, values in zip(self._owners, self._values, strict=True):
-            if not self._skips or self._scaler is not None:
+            if self._skips is not True or self._scaler is not None:
                 _step(owner, self._scaler, values, self._skips)
 
 
@@ -194,7 +194,7 @@ def _grad_scale(owner: Owner, factors: Factors, factor: Scalar) -> dict[str, Ten
     parameters = owner.clipped or owner.spared
     if not parameters:
         return {}
-    own = vars(owner.optimizer).get(_GRAD_SCALE)
+    own = _attribute(owner.optimizer, _GRAD_SCALE)
     device = parameters[0].device if own is None else own.device
     if isinstance(factor, Tensor):
         # What is too small for it has been multiplied already.
@@ -244,44 +244,59 @@ def _write(
 def _flag(optimizer: Any, skips: Tensor) -> Tensor:
     """``found_inf`` for a step without a scaler, which the optimizer's own flag is part of."""
     flag = skips.to(torch.float32)
-    own = vars(optimizer).get(_FOUND_INF)
+    own = _attribute(optimizer, _FOUND_INF)
     if isinstance(own, Tensor):
         flag = torch.maximum(flag, own.detach().reshape(()).to(flag.device, torch.float32))
     return flag
 
 
-def _step(owner: Owner, scaler: GradScaler | None, values: dict[str, Tensor], skips: bool) -> None:
+def _step(
+    owner: Owner,
+    scaler: GradScaler | None,
+    values: dict[str, Tensor],
+    skips: bool | Tensor,
+) -> None:
     """Take a step, or let the scaler skip it and take note of that."""
     optimizer = owner.optimizer
-    with _attributes(optimizer, values), contextlib.ExitStack() as stack:
+    # As GradScaler.step does with an optimizer that it tells of the scale.
+    deletes = scaler is not None and torch_private.reads_flags(optimizer)
+    with _attributes(optimizer, values, deletes), contextlib.ExitStack() as stack:
         if scaler is None:
             optimizer.step()
             return
-        looks = skips or not _is_called_with_flags(optimizer)
-        looks = looks or _would_keep_uninitialized(optimizer)
+        looks = skips is True or _would_keep_uninitialized(optimizer)
+        if isinstance(skips, Tensor) and not looks:
+            # What says it looks at the flag, and may have that from what it wraps.
+            looks = not (
+                _is_called_with_flags(optimizer) or torch_private.declares_to_read_flags(optimizer)
+            )
         # Without gradients there is no flag to look at, and nothing to step.
         if looks and any(parameter.grad is not None for parameter in listed(optimizer)):
             stack.enter_context(torch_private.looks_at_flags_itself(optimizer))
         scaler.step(optimizer)
 
 
+def _attribute(optimizer: Any, name: str) -> Any:
+    """What was set on this object, and not on one that it passes attributes on from."""
+    return getattr(optimizer, "__dict__", {}).get(name)
+
+
 @contextlib.contextmanager
-def _attributes(optimizer: Any, values: dict[str, Tensor]) -> Iterator[None]:
+def _attributes(optimizer: Any, values: dict[str, Tensor], deletes: bool) -> Iterator[None]:
     """Set attributes for a step; afterwards they are as they were found.
 
-    Those that ``GradScaler.step`` has deleted stay deleted: with what was found before, a later
-    step would be scaled once more.
+    Or gone after a step that ``deletes`` them: with what was found before, a later step would be
+    scaled once more.
     """
     own = getattr(optimizer, "__dict__", {})
     before = {name: own[name] for name in (_GRAD_SCALE, _FOUND_INF) if name in own}
-    deleted: set[str] = set()
     for name, value in values.items():
         setattr(optimizer, name, value)
     try:
         yield
-        deleted = {name for name in before if name not in own}
+        if deletes:
+            before = {}
     finally:
         for name in (_GRAD_SCALE, _FOUND_INF):
             own.pop(name, None)
-            if name in before and name not in deleted:
-                own[name] = before[name]
+        own.update(before)

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from gradclip_ext import _arguments, _ops
-from gradclip_ext._ops import Scalar, torch_private
+from gradclip_ext._ops import Caller, Scalar, torch_private
 
 __all__ = [
     "Unscaling",
     "read_scaler",
     "refuse_closure",
+    "require_unscalable",
+    "share_overflow",
     "undone_on_error",
     "unscales_by_itself",
 ]
@@ -50,6 +52,54 @@ def refuse_closure(scaler: GradScaler | None) -> None:
         raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
 
 
+def require_unscalable(
+    scaler: GradScaler, optimizers: Sequence[Any], parameters: Sequence[Tensor], caller: Caller
+) -> None:
+    """Raise what the scaler's own pass over several optimizers would raise halfway through."""
+    if unscales_by_itself(scaler):
+        return
+
+    def look(
+        optimizer: Any, inverse: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        if not allow_fp16 and _have_float16(_gradients(optimizer)):
+            torch_private.refuse_float16(scaler, optimizer, inverse, found_inf)
+        return {}
+
+    for optimizer in optimizers:
+        torch_private.unscale_with(scaler, optimizer, look, rehearses=True)
+    _ops.require_writable(parameters, caller)
+
+
+def _gradients(optimizer: Any) -> list[Tensor]:
+    return [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+
+
+def _have_float16(gradients: Sequence[Tensor]) -> bool:
+    return any(gradient.dtype == torch.float16 for gradient in gradients)
+
+
+def share_overflow(scaler: GradScaler, optimizers: Sequence[Any]) -> None:
+    """Let an overflow in one optimizer skip the steps of all, whose gradients share a norm.
+
+    For gradients that the scaler has unscaled by itself.
+    """
+    flags = [
+        flag
+        for optimizer in optimizers
+        for flag in torch_private.found_inf_flags(scaler, optimizer)
+    ]
+    if len(flags) > 1:
+        largest = torch.stack([flag.reshape(()).to(flags[0].device) for flag in flags]).max()
+        for flag in flags:
+            flag.copy_(largest)
+
+
 class Unscaling:
     """Makes a scaler take the gradients of some optimizers to be unscaled from here on.
 
@@ -73,18 +123,15 @@ class Unscaling:
                 scaler.unscale_(optimizer)
             else:
                 torch_private.unscale_with(scaler, optimizer, self._unscale_grads)
+        if self.is_done:
+            share_overflow(scaler, optimizers)
 
     def _unscale_grads(
         self, optimizer: Any, inverse: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         """Stands in for the scaler's pass, and touches no gradient."""
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if not allow_fp16 and any(gradient.dtype == torch.float16 for gradient in gradients):
+        gradients = _gradients(optimizer)
+        if not allow_fp16 and _have_float16(gradients):
             torch_private.refuse_float16(self._scaler, optimizer, inverse, found_inf)
         self.inverse = _ops.known(inverse.to(torch.float64))
         if not gradients:

@@ -184,7 +184,8 @@ class GradClipper:
             As :meth:`clip_`, without the scale.
 
         Raises:
-            As :meth:`clip_` and :func:`gradclip_ext.clip_and_step`. Nothing is changed then.
+            As :meth:`clip_` and :func:`gradclip_ext.clip_and_step`. Nothing is changed then, but
+                the scaler may have unscaled the gradients, and takes note of it.
         """
         self._follow()
         together = ClipperStep(optimizer, scaler, self._settings, self._groups)

@@ -6,6 +6,7 @@ future torch that moves one of them breaks this file, visibly, and nothing else.
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "DeviceContext",
     "UnscaleGrads",
+    "declares_to_read_flags",
     "device_has_foreach_support",
     "dispatches_itself",
     "foreach_add_",
     "foreach_clamp_",
     "foreach_mul_",
+    "found_inf_flags",
     "has_foreach_support",
     "has_step_pre_hooks",
     "has_torch_step",
@@ -116,6 +119,8 @@ def stored_values(sparse: torch.Tensor) -> torch.Tensor:
 
 # What GradScaler.unscale_ hands the gradients of an optimizer to: optimizer, reciprocal of the
 # scale, flag to set, whether float16 is allowed. It gives the flags by device.
+_SCALER_MODULE = "torch.amp.grad_scaler"
+_SUPPORTS_SCALING = "_step_supports_amp_scaling"
 UnscaleGrads = Callable[[Any, Tensor, Tensor, bool], dict[torch.device, Tensor]]
 
 
@@ -130,26 +135,51 @@ def replaces_step(scaler: GradScaler) -> bool:
 
 
 def _replaces(scaler: GradScaler, name: str) -> bool:
-    return name in vars(scaler) or getattr(type(scaler), name) is not getattr(GradScaler, name)
+    if name in vars(scaler):
+        return True
+    # Not compared with GradScaler's, which may have been replaced itself.
+    function = getattr(type(scaler), name)
+    is_torchs = getattr(function, "__globals__", {}).get("__name__") == _SCALER_MODULE
+    return not is_torchs or function.__qualname__ != f"GradScaler.{name}"
 
 
-def unscale_with(scaler: GradScaler, optimizer: Any, unscale_grads: UnscaleGrads) -> None:
-    """Call ``scaler.unscale_(optimizer)`` with another pass over the gradients than torch's."""
-    scaler._unscale_grads_ = unscale_grads  # type: ignore
-    try:
-        scaler.unscale_(optimizer)
-    finally:
-        del scaler._unscale_grads_
+def unscale_with(
+    scaler: GradScaler, optimizer: Any, unscale_grads: UnscaleGrads, rehearses: bool = False
+) -> None:
+    """Call ``scaler.unscale_(optimizer)`` with another pass over the gradients than torch's.
+
+    One that ``rehearses`` raises what torch raises, and the scaler takes no note of it.
+    """
+    # In an object of its own that shares the scaler's records: another thread, or the user, would
+    # take what is set on the scaler itself for the scaler's way to unscale.
+    stand_in = object.__new__(type(scaler))
+    vars(stand_in).update(vars(scaler), _unscale_grads_=unscale_grads)
+    if rehearses:
+        records = scaler._per_optimizer_states.copy()
+        records.update({key: dict(state) for key, state in records.items()})
+        stand_in._per_optimizer_states = records
+    stand_in.unscale_(optimizer)
+
+
+def found_inf_flags(scaler: GradScaler, optimizer: Any) -> list[Tensor]:
+    """What the scaler has found in the gradients of an optimizer, one flag for each device."""
+    return list(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
 
 
 def refuse_float16(scaler: GradScaler, optimizer: Any, inverse: Tensor, found_inf: Tensor) -> None:
     """Raise what torch raises for a float16 gradient of the optimizer, before it writes any."""
     GradScaler._unscale_grads_(scaler, optimizer, inverse, found_inf, False)
+    raise ValueError("Attempting to unscale FP16 gradients.")
 
 
 def reads_flags(optimizer: Any) -> bool:
     """Whether ``GradScaler.step`` leaves it to the step to look for infinities."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return bool(getattr(optimizer, _SUPPORTS_SCALING, False))
+
+
+def declares_to_read_flags(optimizer: Any) -> bool:
+    """Whether its class says so, and not just what an object of it wraps."""
+    return bool(getattr(type(optimizer), _SUPPORTS_SCALING, False))
 
 
 @contextlib.contextmanager
@@ -173,18 +203,19 @@ def looks_at_flags_itself(optimizer: Any) -> Iterator[None]:
 
     That of one that says it is fused would otherwise be called with the flag, to do nothing then.
     """
-    name = "_step_supports_amp_scaling"
+    name = _SUPPORTS_SCALING
     before = getattr(optimizer, name, False)
     if not before:
         yield
         return
-    is_own = name in vars(optimizer)
+    own = getattr(optimizer, "__dict__", {})
+    is_own = name in own
     setattr(optimizer, name, False)
     try:
         yield
     finally:
         # A wrapper may have it from what it wraps, or pass on what is set.
-        if is_own or name not in vars(optimizer):
+        if is_own or name not in own:
             setattr(optimizer, name, before)
         else:
             delattr(optimizer, name)
@@ -197,8 +228,11 @@ def has_torch_step(optimizer: Any, classes: Sequence[type]) -> bool:
     scheduler. Anything else may change gradients or leave the step to another optimizer.
     """
     steps = [type(optimizer).step]
-    if "step" in vars(optimizer):
-        steps.append(vars(optimizer)["step"])
+    replaced = getattr(optimizer, "__dict__", {}).get("step")
+    if replaced is not None:
+        if not _steps(replaced, optimizer):
+            return False
+        steps.append(replaced)
     own = [inspect.unwrap(cls.step) for cls in classes]  # type: ignore[attr-defined]
     for step in steps:
         step = getattr(step, "__func__", step)
@@ -211,6 +245,18 @@ def has_torch_step(optimizer: Any, classes: Sequence[type]) -> bool:
         if step not in own:
             return False
     return True
+
+
+def _steps(function: Any, optimizer: Any) -> bool:
+    """Whether a bound method, or what a scheduler makes of it, steps this optimizer and no other.
+
+    An object may share the attributes of an optimizer, and so its ``step``.
+    """
+    if hasattr(function, "__self__"):
+        return function.__self__ is optimizer
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    owners = [cell() for cell in cells if isinstance(cell, weakref.ref)]
+    return owners == [optimizer]
 
 
 def has_step_pre_hooks(optimizer: Any) -> bool:
