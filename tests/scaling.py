@@ -97,6 +97,11 @@ def flags(scaler, optimizer):
     return sum(flag.item() for flag in recorded.values())
 
 
+def is_known(norm: Tensor) -> bool:
+    """Whether the host may read it; not so on a GPU, the emulated one included."""
+    return not isinstance(_ops.known(norm.double()), Tensor)
+
+
 class Calls:
     """How often each native pass over gradients has run."""
 
