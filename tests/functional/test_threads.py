@@ -119,10 +119,14 @@ def test_other_python_threads_run_during_the_kernels():
     thread = threading.Thread(target=tick)
     thread.start()
     try:
-        start = count
-        gradclip_ext.get_total_norm([gradient])
-        # If the GIL were held throughout, the thread could advance once before and once after.
-        moved = count - start
+        # In one of many calls, since a busy machine may have no core for the thread in the first.
+        for _ in range(100):
+            start = count
+            gradclip_ext.get_total_norm([gradient])
+            # If the GIL were held throughout, the thread could advance once before and once after.
+            moved = count - start
+            if moved > 5:
+                break
     finally:
         stop.set()
         thread.join()
