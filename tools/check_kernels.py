@@ -149,7 +149,7 @@ def groups_in_flight(instructions: list[Instruction], loads: int = LOADS) -> int
 
 def is_vector_load(instruction: Instruction) -> bool:
     """Whether it loads 16 bytes from global memory, with whatever hint for the caches."""
-    return instruction.kind == "LDG" and instruction.opcode.endswith(".128")
+    return instruction.kind == "LDG" and "128" in instruction.opcode.split(".")
 
 
 def _jumps(instruction: Instruction) -> bool:

@@ -145,6 +145,13 @@ def test_loop_that_rounds_to_bfloat16_without_an_instruction():
     assert problems(SCALE, code, architecture="sm_80") == ["3 loops with 4 loads in flight, not 4"]
 
 
+@pytest.mark.parametrize("opcode", ["LDG.E.128", "LDG.E.128.SYS", "LDG.E.EF.128"])
+def test_every_spelling_of_a_vector_load(opcode):
+    # The second is that of sm_75, the third one that is not to stay in the cache.
+    loop = [line.replace("LDG.E.128", opcode) for line in LOOP]
+    assert problems(NORM, [TABLE, *loop * 4]) == []
+
+
 def test_unknown_kernel():
     name = NORM.replace("17power_sums_kernel", "10new_kernel")
     assert problems(name, TestNorm.CODE) == [
