@@ -18,8 +18,8 @@ from gradclip_ext._scaler import (
     Unscaling,
     read_scaler,
     require_unscalable,
-    share_overflow,
     undone_on_error,
+    unscale,
     unscales_by_itself,
 )
 from gradclip_ext._step import Settings, Step
@@ -46,7 +46,10 @@ class ClipperStep:
         self._owners = read_owners(self._optimizers, _FUNCTION)
         self._settings = settings
         self._caller = _ops.Caller(_FUNCTION)
+        # For gradients that are handed over while they are scaled.
         self._unscaling: Unscaling | None = None
+        # Whether one that is stepped is NaN or infinite, once it is known; with a scaler only.
+        self._overflow: bool | Tensor = False
         self._hands_over = self._is_one_coefficient(groups)
         self._steps: Steps | None = None
 
@@ -61,9 +64,7 @@ class ClipperStep:
         if not self._hands_over:
             stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
             require_unscalable(scaler, self._optimizers, stepped, self._caller)
-            for optimizer in self._optimizers:
-                scaler.unscale_(optimizer)
-            share_overflow(scaler, self._optimizers)
+            self._overflow = unscale(scaler, self._optimizers)
             yield 1.0
             return
         with undone_on_error(scaler, self._optimizers):
@@ -72,11 +73,10 @@ class ClipperStep:
 
     def write(self, step: Step) -> None:
         """Multiply the gradients where the optimizers do not, once it is decided by how much."""
-        overflow: bool | Tensor = False
-        if self._unscaling is not None or self._may_drop():
-            overflow = self._overflow(step)
         if self._unscaling is not None:
-            self._unscaling.report_overflow(overflow)
+            self._overflow = self._found_overflow(step)
+            self._unscaling.report_overflow(self._overflow)
+        overflow = self._overflow
         skips = step.skips if self._scaler is None else overflow
         factors = Factors(1.0, 1.0, skips)
         if self._hands_over and not self._clears(step):
@@ -116,13 +116,12 @@ class ClipperStep:
         """Whether gradients are to become 0, which no factor makes of a NaN."""
         return self._settings.nonfinite == "zero" and step.is_finite is not True
 
-    def _overflow(self, step: Step) -> bool | Tensor:
+    def _found_overflow(self, step: Step) -> bool | Tensor:
         """Whether a gradient that is stepped is NaN or infinite."""
         norm_type = self._settings.norm_type
-        norm = step.total if self._hands_over else None
         clipped = [parameter for owner in self._owners for parameter in owner.clipped]
         spared = [parameter for owner in self._owners for parameter in owner.spared]
-        found = has_nonfinite(clipped, norm, norm_type, self._caller)
+        found = has_nonfinite(clipped, step.total, norm_type, self._caller)
         return found | has_nonfinite(spared, None, norm_type, self._caller)
 
     def _is_one_coefficient(self, groups: Sequence[Group]) -> bool:

@@ -18,8 +18,8 @@ __all__ = [
     "read_scaler",
     "refuse_closure",
     "require_unscalable",
-    "share_overflow",
     "undone_on_error",
+    "unscale",
     "unscales_by_itself",
 ]
 
@@ -58,46 +58,27 @@ def require_unscalable(
     """Raise what the scaler's own pass over several optimizers would raise halfway through."""
     if unscales_by_itself(scaler):
         return
-
-    def look(
-        optimizer: Any, inverse: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> dict[torch.device, Tensor]:
-        if not allow_fp16 and _have_float16(_gradients(optimizer)):
-            torch_private.refuse_float16(scaler, optimizer, inverse, found_inf)
-        return {}
-
-    for optimizer in optimizers:
-        torch_private.unscale_with(scaler, optimizer, look, rehearses=True)
+    Unscaling(scaler, optimizers, rehearses=True)
     _ops.require_writable(parameters, caller)
 
 
-def _gradients(optimizer: Any) -> list[Tensor]:
-    return [
-        parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
+def unscale(scaler: GradScaler, optimizers: Sequence[Any]) -> bool | Tensor:
+    """Let the scaler unscale the gradients itself; returns whether one was NaN or infinite.
 
-
-def _have_float16(gradients: Sequence[Tensor]) -> bool:
-    return any(gradient.dtype == torch.float16 for gradient in gradients)
-
-
-def share_overflow(scaler: GradScaler, optimizers: Sequence[Any]) -> None:
-    """Let an overflow in one optimizer skip the steps of all, whose gradients share a norm.
-
-    For gradients that the scaler has unscaled by itself.
+    An overflow in one optimizer skips the steps of all, whose gradients share a norm.
     """
-    flags = [
-        flag
-        for optimizer in optimizers
-        for flag in torch_private.found_inf_flags(scaler, optimizer)
-    ]
+    flags = []
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        flags += torch_private.found_inf_flags(scaler, optimizer)
+    if not flags:
+        return False
+    largest = torch.stack([flag.reshape(()).to(flags[0].device) for flag in flags]).max()
     if len(flags) > 1:
-        largest = torch.stack([flag.reshape(()).to(flags[0].device) for flag in flags]).max()
         for flag in flags:
             flag.copy_(largest)
+    found = _ops.known(largest.to(torch.float64))
+    return found != 0.0
 
 
 class Unscaling:
@@ -110,28 +91,37 @@ class Unscaling:
     Attributes:
         inverse: what the gradients have yet to be multiplied by: the reciprocal of the scale as
             torch rounds it, 1 if they have been.
-        is_done: whether the scaler has unscaled them and looked for infinities itself.
+        overflow: whether the scaler, which has unscaled them itself, has found NaN or infinity;
+            None if it is for us to look.
+
+    Args:
+        rehearses: only raise what torch raises; the scaler takes no note of it.
     """
 
-    def __init__(self, scaler: GradScaler, optimizers: Sequence[Any]) -> None:
+    def __init__(
+        self, scaler: GradScaler, optimizers: Sequence[Any], rehearses: bool = False
+    ) -> None:
         self.inverse: Scalar = 1.0
-        self.is_done = unscales_by_itself(scaler)
+        self.overflow: bool | Tensor | None = None
         self._scaler = scaler
         self._flags: list[Tensor] = []
+        if unscales_by_itself(scaler):
+            self.overflow = unscale(scaler, optimizers)
+            return
         for optimizer in optimizers:
-            if self.is_done:
-                scaler.unscale_(optimizer)
-            else:
-                torch_private.unscale_with(scaler, optimizer, self._unscale_grads)
-        if self.is_done:
-            share_overflow(scaler, optimizers)
+            torch_private.unscale_with(scaler, optimizer, self._unscale_grads, rehearses)
 
     def _unscale_grads(
         self, optimizer: Any, inverse: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         """Stands in for the scaler's pass, and touches no gradient."""
-        gradients = _gradients(optimizer)
-        if not allow_fp16 and _have_float16(gradients):
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not allow_fp16 and any(gradient.dtype == torch.float16 for gradient in gradients):
             torch_private.refuse_float16(self._scaler, optimizer, inverse, found_inf)
         self.inverse = _ops.known(inverse.to(torch.float64))
         if not gradients:

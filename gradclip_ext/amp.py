@@ -89,7 +89,9 @@ def unscale_and_clip_grad_norm_(
         inverse = 1.0 if unscaling is None else unscaling.inverse
         measured = measure([(clipped, inverse), (others, 1.0)], norm_type, caller)
         skips: bool | Tensor = False
-        if unscaling is not None and not unscaling.is_done:
+        if unscaling is not None and unscaling.overflow is not None:
+            skips = unscaling.overflow
+        elif unscaling is not None:
             alone = None if others else measured.norm
             skips = has_nonfinite(clipped, alone, norm_type, caller)
             for part in (spared, others):

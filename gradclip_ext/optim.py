@@ -95,7 +95,9 @@ def clip_and_step(
         skips: bool | Tensor = False
         if unscaling is None:
             skips = skip_nonfinite and _ops.isfinite(measured.norm) ^ True
-        elif not unscaling.is_done:
+        elif unscaling.overflow is not None:
+            skips = unscaling.overflow
+        else:
             require_gradients(owners, function)
             skips = has_nonfinite(clipped, measured.norm, norm_type, caller)
             skips = skips | has_nonfinite(spared, None, norm_type, caller)

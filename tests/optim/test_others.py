@@ -44,10 +44,9 @@ def by_unscale_and_clip(parameters, optimizers, scaler):
         scaler.step(optimizer)
 
 
-def by_clipper(**settings):
+def by_clipper(rule=lambda: 1.0, **settings):
     def call(parameters, optimizers, scaler):
-        max_norm = settings.pop("max_norm", 1.0)
-        GradClipper(parameters, max_norm, **settings).step(optimizers, scaler)
+        GradClipper(parameters, rule(), **settings).step(optimizers, scaler)
 
     return call
 
@@ -59,7 +58,7 @@ CALLS = {
     "a clipper with weight decay": by_clipper(weight_decay=0.1),
     "a clipper with clip_value": by_clipper(clip_value=0.1),
     "a clipper that skips": by_clipper(nonfinite="skip", weight_decay=0.1),
-    "a clipper with a rule for each": by_clipper(max_norm=AdaGC(), nonfinite="skip"),
+    "a clipper with a rule for each": by_clipper(AdaGC, nonfinite="skip"),
 }
 
 
@@ -270,3 +269,21 @@ class TestErrorsWhereTheScalerUnscales:
         # Not taken for unscaled.
         scaler.unscale_(its)
         assert one.grad.tolist() == [10.0] * 4
+
+
+@pytest.mark.parametrize("name", ["clip_and_step", "a clipper with clip_value"])
+def test_an_overflow_never_reaches_what_a_wrapper_steps(name):
+    # It says that it reads the flag, from what it wraps, which does not get the flag.
+    class Wrapper:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, attribute):
+            return getattr(self.inner, attribute)
+
+        def step(self):
+            self.inner.step()
+
+    parameter, optimizer = made(float("nan"))
+    CALLS[name]([parameter], [Wrapper(optimizer)], made_scaler(OwnUnscale))
+    assert parameter.tolist() == [0.0] * 4
