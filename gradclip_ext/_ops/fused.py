@@ -7,7 +7,6 @@ another order would be stepped wrongly, and of one with gaps memory behind it wo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip_ext import _C
-from gradclip_ext._ops import dtensor
+from gradclip_ext._ops import dtensor, memory
 from gradclip_ext._ops.observation import compiling
 
 __all__ = ["obstacle", "shared_memory"]
@@ -54,22 +53,17 @@ def shared_memory(parameters: Sequence[Any]) -> str | None:
     """Which two of the parameters and their gradients share memory; None if none do."""
     if _C.fit_fused_step(parameters):
         return None
-    spans: list[tuple[int, int, str]] = []
+    tensors: list[Tensor] = []
+    names: list[str] = []
     for index, parameter in enumerate(parameters):
         gradient = parameter.grad
         if gradient is None:
             continue
         name = f"parameters[{index}]"
-        parameter, gradient = _local(parameter, gradient)
-        for tensor, what in ((gradient, f"the gradient of {name}"), (parameter, name)):
-            size = tensor.numel() * tensor.element_size()
-            if size > 0 and _is_plain(tensor):
-                spans.append((tensor.data_ptr(), tensor.data_ptr() + size, what))
-    spans.sort()
-    for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            return f"{other} shares memory with {one}"
-    return None
+        tensors += reversed(_local(parameter, gradient))
+        names += [f"the gradient of {name}", name]
+    shared = memory.first_shared(tensors)
+    return None if shared is None else f"{names[shared[1]]} shares memory with {names[shared[0]]}"
 
 
 def _local(parameter: Any, gradient: Any) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip_ext import _C, _arguments
-from gradclip_ext._ops import dtensor, torch_ops, torch_private
+from gradclip_ext._ops import dtensor, memory, torch_ops, torch_private
 from gradclip_ext._ops.observation import compiling, observed
 
 _NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
@@ -216,9 +216,7 @@ def require_storage(tensor: Tensor, name: str, function: str) -> None:
 def _require_part(tensor: Tensor, stored: Tensor, name: str, function: str) -> None:
     if stored.layout != torch.strided or stored.numel() == 0:
         return
-    sizes_and_strides = zip(stored.shape, stored.stride(), strict=True)
-    last = stored.storage_offset() + sum((size - 1) * stride for size, stride in sizes_and_strides)
-    needed = (last + 1) * stored.element_size()
+    needed = (stored.storage_offset() + memory.extent(stored)) * stored.element_size()
     found = stored.untyped_storage().nbytes()
     if found == 0:
         raise RuntimeError(

@@ -8,14 +8,12 @@ layouts), for a norm_type it does not support, and whenever something has to see
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import memory, torch_private
 from gradclip_ext._ops.observation import compiling, observed
 
 
@@ -182,20 +180,9 @@ def use_multi_tensor(group: list[Tensor], device: torch.device, foreach: bool | 
 
 
 def _share_memory(tensors: list[Tensor]) -> bool:
-    """Whether a tensor is listed twice, or the memory from first to last element overlaps."""
+    """Whether a tensor is listed twice, or two of them overlap in memory."""
     if compiling():
         return False
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         return True
-    ranges = []
-    for tensor in tensors:
-        # Others have no address, or none that says where their elements are.
-        is_plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
-        if not is_plain or torch_private.is_wrapped(tensor) or tensor.numel() == 0:
-            continue
-        if begin := tensor.data_ptr():
-            sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
-            last = sum((size - 1) * stride for size, stride in sizes_and_strides)
-            ranges.append((begin, begin + (last + 1) * tensor.element_size()))
-    ranges.sort()
-    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+    return memory.first_shared(tensors) is not None
