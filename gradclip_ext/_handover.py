@@ -32,8 +32,8 @@ _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adag
 # Those whose fused kernels are registered for DTensors.
 _FUSED_FOR_DTENSORS = (torch.optim.Adam, torch.optim.AdamW)
 _GRAD_SCALE, _FOUND_INF = "grad_scale", "found_inf"
-# A smaller factor would lose bits in float32, or its reciprocal would be infinite there.
-_SMALLEST_FACTOR = 2.0**-100
+# Of a smaller one the reciprocal would not always be finite in float32 either.
+_SMALLEST_FACTOR = _ops.SMALLEST_FLOAT32_COEFFICIENT
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 

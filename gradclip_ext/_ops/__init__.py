@@ -22,7 +22,7 @@ from torch import Tensor
 from gradclip_ext import _C
 from gradclip_ext._ops import fallback, fused, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
-from gradclip_ext._ops.gradients import Caller
+from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
 from gradclip_ext._ops.observation import compiling
 from gradclip_ext._ops.scalars import (
     Scalar,
@@ -39,9 +39,10 @@ from gradclip_ext._ops.scalars import (
     smallest,
     square_root,
 )
-from gradclip_ext._ops.torch_ops import promoted_dtype
+from gradclip_ext._ops.torch_ops import NORM_EPSILON, promoted_dtype
 
 __all__ = [
+    "SMALLEST_FLOAT32_COEFFICIENT",
     "Caller",
     "Scalar",
     "add_weight_decay_",
@@ -80,9 +81,6 @@ __all__ = [
     "smallest",
     "square_root",
 ]
-
-# What the norm is increased by before it divides, as in torch.
-NORM_EPSILON = 1e-6
 
 
 def clip_grad_norm_(

@@ -20,7 +20,7 @@ from gradclip_ext._ops.observation import compiling, observed
 _NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
 
 # As in csrc/core/norm.h: a smaller one would lose bits in float32, or underflow to 0.
-_SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
+SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Gradients:
             self.bump_versions()
             return
         # First, because torch's operations may fail, and the native ones cannot.
-        if known is not None and abs(known) < _SMALLEST_FLOAT32_COEFFICIENT:
+        if known is not None and abs(known) < SMALLEST_FLOAT32_COEFFICIENT:
             torch_ops.scale_in_float64_(self.in_place, coefficient)
         else:
             torch_ops.scale_(self.in_place, coefficient, foreach)

@@ -16,6 +16,9 @@ from torch import Tensor
 from gradclip_ext._ops import memory, torch_private
 from gradclip_ext._ops.observation import compiling, observed
 
+# What the norm is increased by before it divides, as in torch.
+NORM_EPSILON = 1e-6
+
 
 def total_norm(
     tensors: Sequence[Tensor],
@@ -79,9 +82,9 @@ def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
     if isinstance(max_norm, Tensor):
         # In its own dtype: the comparison must not depend on the norm's.
         checked = torch.where(max_norm >= 0, max_norm, torch.nan).reshape(()).to(norm.device)
-        coefficient = torch.clamp(checked / (norm + 1e-6), max=1.0)
+        coefficient = torch.clamp(checked / (norm + NORM_EPSILON), max=1.0)
         return torch.where(checked == torch.inf, torch.ones_like(coefficient), coefficient)
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return torch.clamp(max_norm / (norm + NORM_EPSILON), max=1.0)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None) -> None:
