@@ -10,6 +10,7 @@ import torch
 from scaling import (
     SCALE,
     Calls,
+    compare_200_steps,
     copies,
     flags,
     gradients,
@@ -180,37 +181,12 @@ class TestTraining:
 
     @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
     def test_same_as_the_three_calls(self, fused):
-        torch.manual_seed(0)
-        models = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(2)]
-        models[1].load_state_dict(models[0].state_dict())
-        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=fused) for m in models]
-        settings = {"init_scale": 2.0**126, "growth_interval": 3, "growth_factor": 4.0}
-        scalers = [make_scaler(**settings) for _ in models]
-        skipped = 0
-        for step in range(200):
-            inputs, targets = torch.randn(8, 6), torch.randn(8, 2)
-            for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
-                optimizer.zero_grad()
-                loss = (model(inputs) - targets).square().mean() * (1.0 + 50.0 * (step % 7 == 0))
-                scaler.scale(loss).backward()
-            unscale_and_clip_grad_norm_(scalers[0], optimizers[0], 0.1)
-            scalers[1].unscale_(optimizers[1])
-            torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
-            stages = [stage(*pair) for pair in zip(scalers, optimizers, strict=True)]
-            assert stages[0] == stages[1] == "UNSCALED"
-            found = [flags(*pair) for pair in zip(scalers, optimizers, strict=True)]
-            assert found[0] == found[1]
-            skipped += int(found[0])
-            for optimizer, scaler in zip(optimizers, scalers, strict=True):
-                scaler.step(optimizer)
-                assert stage(scaler, optimizer) == "STEPPED"
-                scaler.update()
-            assert scalers[0].state_dict() == scalers[1].state_dict()
-            for one, other in zip(*(model.parameters() for model in models), strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-        assert 10 < skipped < 150
-        steps = [int(next(iter(optimizer.state.values()))["step"]) for optimizer in optimizers]
-        assert steps == [200 - skipped] * 2
+        def update(optimizer, scaler, max_norm):
+            unscale_and_clip_grad_norm_(scaler, optimizer, max_norm)
+            assert stage(scaler, optimizer) == "UNSCALED"
+            scaler.step(optimizer)
+
+        compare_200_steps(update, fused)
 
 
 class TestParameters:

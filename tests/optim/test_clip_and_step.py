@@ -11,6 +11,7 @@ import torch
 from scaling import (
     SCALE,
     Calls,
+    compare_200_steps,
     copies,
     flags,
     gradients,
@@ -372,36 +373,10 @@ class TestScaler:
 
     @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
     def test_200_steps_with_overflows(self, fused):
-        torch.manual_seed(0)
-        models = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(2)]
-        models[1].load_state_dict(models[0].state_dict())
-        optimizers = [AdamW(m.parameters(), lr=1e-3, fused=fused) for m in models]
-        settings = {"init_scale": 2.0**126, "growth_interval": 3, "growth_factor": 4.0}
-        scalers = [make_scaler(**settings) for _ in models]
-        skipped = 0
-        for step in range(200):
-            inputs, targets = torch.randn(8, 6), torch.randn(8, 2)
-            for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
-                optimizer.zero_grad()
-                loss = (model(inputs) - targets).square().mean() * (1.0 + 50.0 * (step % 7 == 0))
-                scaler.scale(loss).backward()
-            clip_and_step(optimizers[0], 0.1, scaler=scalers[0])
-            scalers[1].unscale_(optimizers[1])
-            torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
-            scalers[1].step(optimizers[1])
-            pairs = list(zip(scalers, optimizers, strict=True))
-            assert [stage(*pair) for pair in pairs] == ["STEPPED"] * 2
-            found = [flags(*pair) for pair in pairs]
-            assert found[0] == found[1]
-            skipped += int(found[0])
-            for scaler in scalers:
-                scaler.update()
-            assert scalers[0].state_dict() == scalers[1].state_dict()
-            for one, other in zip(*(model.parameters() for model in models), strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-        assert 10 < skipped < 150
-        steps = [int(next(iter(optimizer.state.values()))["step"]) for optimizer in optimizers]
-        assert steps == [200 - skipped] * 2
+        def update(optimizer, scaler, max_norm):
+            clip_and_step(optimizer, max_norm, scaler=scaler)
+
+        compare_200_steps(update, fused)
 
     def test_in_the_step_gradients_are_unscaled_and_clipped_at_once(self):
         mine = make_parameters()
