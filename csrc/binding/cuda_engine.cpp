@@ -278,8 +278,8 @@ class CudaEngine final : public Engine {
     const std::vector<FlatIndex> indices = tensors.disjoint_indices_for_writing();
     if (indices.size() != 1) return false;
     const std::vector<int64_t> positions = tensors.positions();
-    const cuda::Plan plan = plan_of(indices.front(), {nullptr, positions.data()});
-    check(cuda::scale_each(plan, coefficients.const_data_ptr<double>(), queue.stream()));
+    check(cuda::scale_each(indices.front(), positions.data(), coefficients.const_data_ptr<double>(),
+                           queue.stream()));
     return true;
   }
 

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <type_traits>
@@ -77,6 +76,10 @@ cudaError_t with_norm(Norm kind, const Work& work) {
   return cudaErrorInvalidValue;
 }
 
+int64_t most_workers(const DeviceProperties& properties) {
+  return tuning().workers_per_multiprocessor * properties.multiprocessors;
+}
+
 // Calls work(table) for each launch of a plan, with the smallest table that holds its tensors.
 template <class Work>
 cudaError_t for_each_table(const Plan& plan, const Work& work) {
@@ -107,17 +110,6 @@ cudaError_t for_each_border_table(const Plan& plan, const Work& work) {
   }
 }
 
-// The largest number of tensors in a launch.
-int64_t capacity_of(const DeviceProperties& properties, const Companions& companions) {
-  if (!properties.takes_large_parameters) {
-    return companions.positions != nullptr ? kMediumPositionTable : kMediumTable;
-  }
-  int64_t capacity = kLargeTable;
-  if (companions.positions != nullptr) capacity = kLargePositionTable;
-  if (companions.decay != nullptr) capacity = std::min<int64_t>(capacity, kLargeDecayTable);
-  return capacity;
-}
-
 }  // namespace
 
 #define GRADCLIP_STRING_OF(...) #__VA_ARGS__
@@ -138,8 +130,11 @@ cudaError_t make_plan(const FlatIndex& index, const Companions& companions, Plan
   if (companions.decay != nullptr && !properties.takes_large_parameters) {
     return cudaErrorNotSupported;
   }
-  *plan = Plan(index, companions, capacity_of(properties, companions),
-               tuning().workers_per_multiprocessor * properties.multiprocessors);
+  // The same with and without positions, so that the same sums are added up either way.
+  const int64_t capacity = companions.decay != nullptr         ? kLargeDecayTable
+                           : properties.takes_large_parameters ? kLargeTable
+                                                               : kMediumTable;
+  *plan = Plan(index, companions, capacity, most_workers(properties));
   return cudaSuccess;
 }
 
@@ -204,7 +199,14 @@ cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t s
   });
 }
 
-cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream) {
+cudaError_t scale_each(const FlatIndex& index, const int64_t* positions, const double* coefficients,
+                       cudaStream_t stream) {
+  DeviceProperties properties;
+  const cudaError_t error = properties_of_current_device(&properties);
+  if (error != cudaSuccess) return error;
+  const int64_t capacity =
+      properties.takes_large_parameters ? kLargePositionTable : kMediumPositionTable;
+  const Plan plan(index, {nullptr, positions}, capacity, most_workers(properties));
   return for_each_position_table(plan, [&](const auto& table) {
     using AnyTable = std::decay_t<decltype(table)>;
     return launch_kernel(&scale_each_kernel<AnyTable>, table.workers, kThreads, stream, false,

@@ -42,9 +42,9 @@ cudaError_t tensor_norms(const Plan& plan, Norm kind, const double* slots, doubl
 // previous one, which has to be a power_sums of this call, is still running.
 cudaError_t scale(const Plan& plan, const Clip& clip, bool early, cudaStream_t stream);
 
-// Multiplies each tensor by coefficients[position]; one of 0 clears NaN and infinity, too. For a
-// plan with positions.
-cudaError_t scale_each(const Plan& plan, const double* coefficients, cudaStream_t stream);
+// Multiplies each tensor by coefficients[position]; one of 0 clears NaN and infinity, too.
+cudaError_t scale_each(const FlatIndex& index, const int64_t* positions, const double* coefficients,
+                       cudaStream_t stream);
 
 cudaError_t clamp(const Plan& plan, double bound, cudaStream_t stream);
 

@@ -154,3 +154,12 @@ class TestComputedGradients:
             items.append(ref.Holder(sparse))
         with pytest.raises(RuntimeError, match=r"parameters\[.\].grad of shape .* has no memory"):
             grad_norms(items)
+
+
+@pytest.mark.parametrize("count", [1349, 1400, 1601])
+def test_the_bits_of_the_norm_alone_for_lists_of_several_launches(count):
+    gradients = [ref.random_gradient((1 + i % 97,), torch.float64, seed=i) for i in range(count)]
+    expected = gradclip_ext.get_total_norm(gradients)
+    total, norms, _ = grad_norms(ref.parameters(gradients))
+    assert total.item() == expected.item()
+    assert norms[-1].item() == pytest.approx(ref.reference_norm(gradients[-1:], 2.0), rel=1e-15)
