@@ -7,6 +7,7 @@ from gradclip_ext import _native as _native
 from gradclip_ext._version import __version__
 from gradclip_ext.amp import unscale_and_clip_grad_norm_
 from gradclip_ext.clipper import ClipReport, GradClipper
+from gradclip_ext.distributed import ShardGroup
 from gradclip_ext.functional import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -33,6 +34,7 @@ __all__ = [
     "ClipReport",
     "GradClipper",
     "GradNorms",
+    "ShardGroup",
     "Threshold",
     "TimesLimit",
     "ZClip",

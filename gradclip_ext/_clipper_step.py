@@ -22,7 +22,8 @@ from gradclip_ext._scaler import (
     unscale,
     unscales_by_itself,
 )
-from gradclip_ext._step import Settings, Step
+from gradclip_ext._settings import Settings
+from gradclip_ext._step import Step
 from gradclip_ext.thresholds import AGC
 
 __all__ = ["ClipperStep"]
@@ -127,12 +128,19 @@ class ClipperStep:
     def _is_one_coefficient(self, groups: Sequence[Group]) -> bool:
         settings, scaler = self._settings, self._scaler
         groups = [group for group in groups if group.names]
+        if not groups:
+            return False
         rule = groups[0].rule
         if len(groups) > 1 or rule.per_parameter or isinstance(rule, AGC):
             return False
         if settings.clip_value is not None or settings.decays_late:
             return False
         if scaler is not None and (settings.weight_decay > 0.0 or unscales_by_itself(scaler)):
+            return False
+        # Their weight decay waits until no rank can fail.
+        if settings.weight_decay > 0.0 and (
+            settings.process_groups or _ops.are_distributed(groups[0].parameters)
+        ):
             return False
         own = [parameter for parameter in groups[0].parameters if parameter.grad is not None]
         if settings.nonfinite == "zero" and not all(parameter.is_cpu for parameter in own):

@@ -27,6 +27,7 @@ class Collection:
         function: what messages call the function.
         include: asked for each name and parameter whether it is wanted.
         obeys_groups: whether the parameters of groups with ``"clip_grad": False`` are left out.
+        may_be_empty: whether there may be no parameters, because other ranks have some.
 
     Attributes:
         names: what to call each parameter, each name once, without the parts that wrappers add.
@@ -46,7 +47,9 @@ class Collection:
         *,
         include: Callable[[str, Tensor], bool] | None = None,
         obeys_groups: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
+        self._may_be_empty = may_be_empty
         self._function = function
         self._include = include
         self._obeys_groups = obeys_groups
@@ -78,7 +81,7 @@ class Collection:
             named = [(next(names), entry.parameter) for entry in group]
             wanted.append(self._wanted(named) if self._wants_group(reading, number) else [])
         pairs = [pair for group in wanted for pair in group]
-        if not pairs:
+        if not pairs and not self._may_be_empty:
             raise ValueError(
                 f"{self._function}: all parameters are left out, by '{CLIP_KEY}': False in their "
                 "groups or by include"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ClipReport"]
+from torch import Tensor
+
+from gradclip_ext._ops import Scalar
+from gradclip_ext._step import Step
+
+__all__ = ["ClipReport", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,30 @@ class ClipReport:
                 for name, norm in zip(self.names, self.norms, strict=True)
             },
         }
+
+
+def report_of(step: Step, numbers: Mapping[str, int]) -> ClipReport:
+    """What a step and the counters say, with a device sync where they are on a GPU."""
+    limits = iter(step.limits)
+    return ClipReport(
+        names=step.names,
+        norms=tuple(step.norms.tolist()),
+        total_norm=float(step.total),
+        coefficient=_smallest_of([_smallest(c) for c in step.coefficients]),
+        limits=tuple(
+            _smallest(next(limits)) if step.has_limit(g) else math.inf for g in step.groups
+        ),
+        steps=numbers["steps"],
+        clipped_steps=numbers["clipped_steps"],
+        nonfinite_steps=numbers["nonfinite_steps"],
+        skipped_steps=numbers["skipped_steps"],
+    )
+
+
+def _smallest_of(numbers: list[float]) -> float:
+    """NaN if any is: Python's min would depend on their order."""
+    return math.nan if any(math.isnan(number) for number in numbers) else min(numbers)
+
+
+def _smallest(number: Scalar) -> float:
+    return number.min().item() if isinstance(number, Tensor) else number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,24 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments, _ops
-from gradclip_ext.thresholds import FixedThreshold, Rule, StatelessRule, Threshold, takes_numbers
+from gradclip_ext.thresholds import (
+    AGC,
+    FixedThreshold,
+    Rule,
+    StatelessRule,
+    Threshold,
+    takes_numbers,
+)
 
-__all__ = ["Group", "name_of", "places_of", "read_rules", "require_length", "require_limit"]
+__all__ = [
+    "Group",
+    "name_of",
+    "places_of",
+    "read_rules",
+    "require_length",
+    "require_limit",
+    "require_whole",
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,16 @@ def require_limit(limit: Any, rule: Threshold, norms: Tensor, is_observed: bool)
         raise ValueError(
             f"{name} has to give limits that are not negative, found {wrong[0].item()}"
         )
+
+
+def require_whole(rules: Sequence[Threshold]) -> None:
+    """Refuse rules that need the norm of each whole parameter, of which a rank may hold a part."""
+    for rule in rules:
+        if rule.per_parameter or isinstance(rule, AGC):
+            raise ValueError(
+                f"GradClipper: {name_of(rule)} needs whole parameters and cannot be combined with "
+                "process_groups, whose ranks may hold parts of them; use DTensors or another rule"
+            )
 
 
 def require_length(group: Group) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,30 +17,14 @@ from torch import Tensor
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._ops import Scalar
 from gradclip_ext._rules import Group, require_limit
+from gradclip_ext._settings import Settings
 from gradclip_ext.thresholds import (
     AGC,
     StatelessRule,
     TimesLimit,
 )
 
-__all__ = ["POLICIES", "Settings", "Step"]
-
-# What to do with a norm that is not finite, and the coefficient that does it, if one does.
-POLICIES = {"propagate": None, "raise": None, "zero": 0.0, "skip": 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a clipper was told once; see the arguments of ``GradClipper``."""
-
-    norm_type: float
-    nonfinite: str
-    clip_value: float | None
-    weight_decay: float
-    skip_above: float | TimesLimit | None
-    # Whether the weight decay has to wait until it is clear that the step will not be dropped.
-    decays_late: bool
-
+__all__ = ["Step", "raise_together"]
 
 # A group; its norm, as a number where the host knows it, and as a tensor; those of its gradients.
 _Measured = tuple[Group, Scalar, Tensor, Tensor]
@@ -63,6 +46,8 @@ class Step:
     """
 
     __slots__ = (
+        "_decays_late",
+        "_failed",
         "_groups",
         "_inverse",
         "_measured",
@@ -82,8 +67,12 @@ class Step:
         # What the gradients are still to be multiplied by, but not by this step.
         self._inverse = inverse
         self.groups = groups
-        # A group whose parameters are all left out has nothing to measure, and its rule no limit.
-        self._groups = [group for group in groups if group.names]
+        # A group whose parameters are all left out has nothing to measure, and its rule no limit;
+        # but other ranks of process groups may have some.
+        self._groups = [group for group in groups if self.has_limit(group)]
+        self._decays_late = settings.decays_late
+        # Whether another rank has failed, a tensor where the host does not know.
+        self._failed: Tensor | None = None
         self.limits: list[Scalar] = []
         self.coefficients: list[Scalar] = []
         self._measured = self._measure()
@@ -107,6 +96,10 @@ class Step:
         """The names of all parameters."""
         return tuple(name for group in self._groups for name in group.names)
 
+    def has_limit(self, group: Group) -> bool:
+        """Whether the group's rule takes part in the step."""
+        return bool(group.names or self._settings.process_groups)
+
     def decide(self) -> None:
         """Ask the rules for their limits, and make the coefficients of them."""
         settings = self._settings
@@ -126,6 +119,8 @@ class Step:
             self.coefficients = [_ops.select(self.is_finite, c, 0.0) for c in self.coefficients]
         if self.skips is not False:
             self.coefficients = [_ops.select(self.skips, 1.0, c) for c in self.coefficients]
+        if self._failed is not None:
+            self.coefficients = [_ops.select(self._failed, 1.0, c) for c in self.coefficients]
 
     def _is_spike(self, above: float | TimesLimit) -> bool | Tensor:
         """Whether the norm is above ``skip_above``; no rule learns of the step by this."""
@@ -171,7 +166,7 @@ class Step:
     def write(self) -> None:
         """Scale the gradients, and add the weight decay if that has not been done yet."""
         settings = self._settings
-        if settings.decays_late:
+        if self._decays_late:
             keeps = self.skips ^ True
             for group in self._groups:
                 _ops.add_weight_decay_(group.parameters, settings.weight_decay, group.caller, keeps)
@@ -195,24 +190,55 @@ class Step:
     def _measure(self) -> list[_Measured]:
         """The norms of every group, once it is clear that every group can be written."""
         settings, groups = self._settings, self._groups
+        if settings.process_groups:
+            return self._measured_over_ranks()
         # Several groups, or a decay that waits, are looked at first.
         waits = settings.weight_decay > 0.0 and (len(groups) > 1 or settings.decays_late)
         found = [None if waits else self._measured_natively(group) for group in groups]
         if None not in found:
             return cast(list[_Measured], found)
-        _ops.refuse_meta([group.parameters for group in groups], self.names)
-        for group, measured in zip(groups, found, strict=True):
-            if measured is None:
-                _ops.require_writable(
-                    group.parameters,
-                    group.caller,
-                    weight_decay=settings.weight_decay,
-                    clip_value=settings.clip_value,
-                    by_units=isinstance(group.rule, AGC),
-                )
+        if any(_ops.are_distributed(group.parameters) for group in groups):
+            return self._measured_over_ranks()
+        self._require_writable(
+            [group for group, measured in zip(groups, found, strict=True) if measured is None]
+        )
         return [
             measured or self._measured_in_any_way(group)
             for group, measured in zip(groups, found, strict=True)
+        ]
+
+    def _require_writable(self, groups: Sequence[Group]) -> None:
+        """Raise what writing these groups would raise."""
+        settings = self._settings
+        _ops.refuse_meta([group.parameters for group in self._groups], self.names)
+        for group in groups:
+            _ops.require_writable(
+                group.parameters,
+                group.caller,
+                weight_decay=settings.weight_decay,
+                clip_value=settings.clip_value,
+                by_units=isinstance(group.rule, AGC),
+            )
+
+    def _measured_over_ranks(self) -> list[_Measured]:
+        """The norms of every group over all ranks that hold a part of it, in one exchange."""
+        settings, groups = self._settings, self._groups
+        # Nothing may be written before it is clear that no other rank has failed.
+        self._decays_late = settings.weight_decay > 0.0
+        totals, each, self._failed = _ops.global_norms(
+            [parameter for group in groups for parameter in group.parameters],
+            [len(group.parameters) for group in groups],
+            settings.norm_type,
+            settings.process_groups,
+            _ops.Caller("GradClipper", names=self.names),
+            prepare=lambda: self._require_writable(groups),
+            weight_decay=settings.weight_decay,
+            refuses_nonfinite=settings.nonfinite == "raise",
+        )
+        parts = torch.split(each, [len(group.parameters) for group in groups])
+        return [
+            self._unscaled(group, total, norms)
+            for group, total, norms in zip(groups, totals, parts, strict=True)
         ]
 
     def _measured_natively(self, group: Group) -> _Measured | None:
@@ -280,7 +306,9 @@ class Step:
 
     def _clamp(self, group: Group, clip_value: float) -> Scalar:
         """Limit the elements; for each gradient, what its largest one was multiplied by."""
-        _, largest = _ops.grad_norms(group.parameters, math.inf, None, group.caller)
+        _, largest = _ops.grad_norms(
+            group.parameters, math.inf, None, group.caller, groups=self._settings.process_groups
+        )
         _ops.clip_grad_value_(group.parameters, clip_value, None, group.caller)
         return _ops.clip_coefficient(clip_value, largest, 0.0)
 
@@ -299,3 +327,16 @@ class Step:
         return _arguments.nonfinite_error(
             self._settings.norm_type, [grad for _, grad in pairs], [name for name, _ in pairs]
         )
+
+
+def raise_together(error: Exception, settings: Settings, groups: Sequence[Group]) -> None:
+    """Raise an error of this rank on all that would wait for its step; else nothing."""
+    names = tuple(name for group in groups for name in group.names)
+    _ops.raise_together(
+        error,
+        [parameter for group in groups for parameter in group.parameters],
+        settings.process_groups,
+        _ops.Caller("GradClipper", names=names),
+        settings.norm_type,
+        [len(group.parameters) for group in groups],
+    )

@@ -15,9 +15,10 @@ from gradclip_ext import _arguments, _counters, _names, _ops
 from gradclip_ext._clipper_step import ClipperStep
 from gradclip_ext._ops import Scalar
 from gradclip_ext._parameters import Collection
-from gradclip_ext._report import ClipReport
+from gradclip_ext._report import ClipReport, report_of
 from gradclip_ext._rules import Group, name_of, places_of, read_rules, require_length
-from gradclip_ext._step import POLICIES, Settings, Step
+from gradclip_ext._settings import read_settings
+from gradclip_ext._step import Step, raise_together
 from gradclip_ext.thresholds import (
     AGC,
     StatelessRule,
@@ -64,6 +65,8 @@ class GradClipper:
             is ``"zero"`` or ``"raise"``.
         max_skips_in_a_row: how many steps may be skipped one right after another before
             :meth:`report` and :meth:`state_dict` raise. Can be changed later.
+        process_groups: as in :func:`gradclip_ext.clip_grad_norm_`; the limit is for the norm over
+            all ranks. There may be no parameters on this one then.
 
     Attributes:
         found_inf: 0-dim float32 tensor, 1 if the last norm was not finite or the step is to be
@@ -98,11 +101,17 @@ class GradClipper:
         skip_above: float | TimesLimit | None = None,
         max_skips_in_a_row: int | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
+        process_groups: Any = None,
     ) -> None:
         include = _arguments.predicate(include, _FUNCTION, "include")
-        self._collection = Collection(source, _FUNCTION, include=include, obeys_groups=True)
-        norm_type = _arguments.norm_type(norm_type, _FUNCTION)
-        _arguments.one_of(nonfinite, tuple(POLICIES), _FUNCTION, "nonfinite")
+        groups_of_ranks = _ops.read_process_groups(process_groups, _FUNCTION)
+        self._collection = Collection(
+            source,
+            _FUNCTION,
+            include=include,
+            obeys_groups=True,
+            may_be_empty=process_groups is not None,
+        )
         if max_norm is None and clip_value is None:
             raise ValueError(
                 f"{_FUNCTION}: there is nothing to do; pass max_norm (inf measures only), "
@@ -111,38 +120,27 @@ class GradClipper:
         groups = len(self._collection.groups)
         self._rules = read_rules(math.inf if max_norm is None else max_norm, groups)
         self._has_own_rules = not all(map(takes_numbers, self._rules))
-        if clip_value is not None:
-            clip_value = _arguments.clip_bound(clip_value, _FUNCTION, "clip_value")
-        weight_decay = _arguments.weight_decay(weight_decay, _FUNCTION)
-        if skip_above is not None and not isinstance(skip_above, TimesLimit):
-            skip_above = _arguments.positive(skip_above, _FUNCTION, "skip_above")
-        skipping = "nonfinite='skip'" if nonfinite == "skip" else "skip_above"
-        may_skip = nonfinite == "skip" or skip_above is not None
-        if may_skip and (clip_value is not None or any(isinstance(r, AGC) for r in self._rules)):
-            raise ValueError(
-                f"{_FUNCTION}: {skipping} cannot be combined with clip_value or AGC, which "
-                "would change the gradients before the host knows whether to skip the step"
-            )
+        self._settings = read_settings(
+            self._rules,
+            norm_type=norm_type,
+            nonfinite=nonfinite,
+            clip_value=clip_value,
+            weight_decay=weight_decay,
+            skip_above=skip_above,
+            process_groups=groups_of_ranks,
+        )
         self.max_skips_in_a_row = max_skips_in_a_row
         if max_skips_in_a_row is not None:
             self.max_skips_in_a_row = _arguments.whole_number(
                 max_skips_in_a_row, _FUNCTION, "max_skips_in_a_row", 0
             )
-        may_drop = may_skip or nonfinite == "raise" or self._has_own_rules
-        self._settings = Settings(
-            norm_type,
-            nonfinite,
-            clip_value,
-            weight_decay,
-            skip_above,
-            decays_late=weight_decay > 0.0 and may_drop,
-        )
         # On a GPU these become tensors there, read only on demand.
         self._counters = _counters.Counters()
         self._last: Step | None = None
         self._groups = self._known = self._read_groups()
         self._grouped = self._collection.groups
-        self.found_inf = _flag(self._collection.parameters[0].device)
+        devices = [parameter.device for parameter in self._collection.parameters[:1]]
+        self.found_inf = _flag(devices[0] if devices else torch.device("cpu"))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -201,25 +199,12 @@ class GradClipper:
 
         Raises:
             RuntimeError: nothing has been clipped yet; or more steps in a row were skipped than
-                ``max_skips_in_a_row``.
+                ``max_skips_in_a_row``; or another rank has failed, of which a GPU has told.
         """
         if self._last is None:
             raise RuntimeError("GradClipper: there is nothing to report before the first clip_()")
-        step, numbers = self._last, self._read_counters()
-        limits = iter(step.limits)
-        return ClipReport(
-            names=step.names,
-            norms=tuple(step.norms.tolist()),
-            total_norm=float(step.total),
-            coefficient=_smallest_of([_smallest(c) for c in step.coefficients]),
-            limits=tuple(
-                _smallest(next(limits)) if group.names else math.inf for group in step.groups
-            ),
-            steps=numbers["steps"],
-            clipped_steps=numbers["clipped_steps"],
-            nonfinite_steps=numbers["nonfinite_steps"],
-            skipped_steps=numbers["skipped_steps"],
-        )
+        _ops.raise_unread(_FUNCTION)
+        return report_of(self._last, self._read_counters())
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the state of the rules, to save with those of model and optimizer.
@@ -344,7 +329,12 @@ class GradClipper:
 
     def _follow(self) -> None:
         """Follow the source to other parameters: what a rule knows of one stays with its name."""
-        self._collection.refresh()
+        try:
+            self._collection.refresh()
+        except Exception as error:
+            # The other ranks of DTensors or process groups would wait for this one.
+            raise_together(error, self._settings, self._groups)
+            raise
         if self._grouped is self._collection.groups:
             return
         groups = self._read_groups()
@@ -389,12 +379,3 @@ def _flag(device: torch.device) -> Tensor:
     # Float32 and not an inference tensor, whatever is active: torch's optimizers ask for that.
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.float32, device=device)
-
-
-def _smallest_of(numbers: list[float]) -> float:
-    """NaN if any is: Python's min would depend on their order."""
-    return math.nan if any(math.isnan(number) for number in numbers) else min(numbers)
-
-
-def _smallest(number: Scalar) -> float:
-    return number.min().item() if isinstance(number, Tensor) else number

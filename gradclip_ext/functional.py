@@ -7,6 +7,7 @@ Each function checks its arguments here and leaves the work to :mod:`gradclip_ex
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     dtype: torch.dtype | None = None,
+    process_groups: Any = None,
 ) -> Tensor:
     r"""Clip the gradient norm of an iterable of parameters.
 
@@ -55,25 +57,51 @@ def clip_grad_norm_(
             that take the fallback.
         dtype: ``torch.float32`` or ``torch.float64`` for a result that is not rounded to the
             gradients' own dtype.
+        process_groups: groups over whose ranks gradients that are no DTensors are split: a
+            ``ProcessGroup``, a 1-D ``DeviceMesh``, a :class:`gradclip_ext.ShardGroup`, or a
+            sequence of these in the same order on all ranks. The norm is over all of them; a rank
+            without parameters takes part with an empty list.
+
+    DTensors may be distributed over any meshes, several in one call and beside plain tensors,
+    which count as copies on all ranks of the largest mesh. All ranks get the same norm, to the bit,
+    from one small all-reduce for each mesh dimension and process group. What fails on one rank
+    raises on all of them.
 
     Returns:
         The norm before clipping: a 0-dim tensor on the first gradient's device, in the promoted
-        dtype of the gradients (real for complex ones). ``torch.tensor(0.)`` without gradients.
+        dtype of the gradients (real for complex ones). ``torch.tensor(0.)`` without gradients. A
+        replicated DTensor where all gradients are DTensors of one mesh, unless there are
+        ``process_groups``.
 
     Raises:
+        NotImplementedError: a gradient is ``Partial`` with another operation than a sum or an
+            average.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or a gradient
-            cannot be written to, because its elements share memory (``expand``).
+            cannot be written to, because its elements share memory (``expand``); or another rank
+            has failed, which is named with its reason.
         TypeError: an argument or an element of ``parameters`` has the wrong type.
         ValueError: ``max_norm`` is negative or NaN.
     """
     function = "clip_grad_norm_"
     parameter_list = _arguments.tensor_list(parameters, function, "parameters")
-    max_norm = _arguments.max_norm(max_norm, function)
-    norm_type = _arguments.norm_type(norm_type, function)
-    if dtype is not None:
-        _arguments.result_dtype(dtype, function)
+    try:
+        max_norm = _arguments.max_norm(max_norm, function)
+        norm_type = _arguments.norm_type(norm_type, function)
+        if dtype is not None:
+            _arguments.result_dtype(dtype, function)
+        groups = _ops.read_process_groups(process_groups, function)
+    except Exception as error:
+        _ops.raise_together(error, parameter_list, process_groups, _CLIP_GRAD_NORM_, norm_type)
+        raise
     return _ops.clip_grad_norm_(
-        parameter_list, max_norm, norm_type, error_if_nonfinite, foreach, dtype, _CLIP_GRAD_NORM_
+        parameter_list,
+        max_norm,
+        norm_type,
+        error_if_nonfinite,
+        foreach,
+        dtype,
+        _CLIP_GRAD_NORM_,
+        groups,
     )
 
 
@@ -84,6 +112,7 @@ def get_total_norm(
     foreach: bool | None = None,
     *,
     dtype: torch.dtype | None = None,
+    process_groups: Any = None,
 ) -> Tensor:
     """Compute the norm of an iterable of tensors, as if they were concatenated into one vector.
 
@@ -96,21 +125,28 @@ def get_total_norm(
         error_if_nonfinite: raise when the norm is NaN or infinite.
         foreach: as in :func:`clip_grad_norm_`.
         dtype: as in :func:`clip_grad_norm_`.
+        process_groups: as in :func:`clip_grad_norm_`.
 
     Returns:
         A 0-dim tensor, as in :func:`clip_grad_norm_`.
 
     Raises:
-        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or another rank has
+            failed.
         TypeError: an argument or an element of ``tensors`` has the wrong type.
     """
     function = "get_total_norm"
     tensor_list = _arguments.tensor_list(tensors, function, "tensors")
-    norm_type = _arguments.norm_type(norm_type, function)
-    if dtype is not None:
-        _arguments.result_dtype(dtype, function)
+    try:
+        norm_type = _arguments.norm_type(norm_type, function)
+        if dtype is not None:
+            _arguments.result_dtype(dtype, function)
+        groups = _ops.read_process_groups(process_groups, function)
+    except Exception as error:
+        _ops.raise_together(error, tensor_list, process_groups, _GET_TOTAL_NORM, norm_type)
+        raise
     return _ops.get_total_norm(
-        tensor_list, norm_type, error_if_nonfinite, foreach, dtype, _GET_TOTAL_NORM
+        tensor_list, norm_type, error_if_nonfinite, foreach, dtype, _GET_TOTAL_NORM, groups
     )
 
 

@@ -30,7 +30,11 @@ class GradNorms(NamedTuple):
 
 
 def grad_norms(
-    source: Any, norm_type: float = 2.0, *, dtype: torch.dtype | None = None
+    source: Any,
+    norm_type: float = 2.0,
+    *,
+    dtype: torch.dtype | None = None,
+    process_groups: Any = None,
 ) -> GradNorms:
     """Compute the norm of each gradient of a model and of all together, in one pass.
 
@@ -42,13 +46,17 @@ def grad_norms(
         norm_type: order of the norm, as in :func:`gradclip_ext.clip_grad_norm_`.
         dtype: ``torch.float32`` or ``torch.float64``, what the results are rounded to. Without it
             they are float64 tensors, as accurate as the gradients' own dtype asks for.
+        process_groups: as in :func:`gradclip_ext.clip_grad_norm_`. The total is over all ranks of
+            these groups, the norm of each gradient is that of what this rank holds of it.
 
     Returns:
-        The total norm, the norm of each gradient and the names, see :class:`GradNorms`.
+        The total norm, the norm of each gradient and the names, see :class:`GradNorms`. Those of
+        DTensors are over all ranks.
 
     Raises:
+        RuntimeError: another rank has failed.
         TypeError: an argument or a parameter has the wrong type.
-        ValueError: there are no parameters.
+        ValueError: there are no parameters, and no process groups.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> model(torch.tensor([3.0, 4.0])).backward()
@@ -56,22 +64,40 @@ def grad_norms(
     GradNorms(total=tensor(5.0990), norms=tensor([5., 1.]), names=('weight', 'bias'))
     """
     function = "grad_norms"
-    norm_type = _arguments.norm_type(norm_type, function)
-    if dtype is not None:
-        _arguments.result_dtype(dtype, function)
+    try:
+        norm_type = _arguments.norm_type(norm_type, function)
+        if dtype is not None:
+            _arguments.result_dtype(dtype, function)
+        groups = _ops.read_process_groups(process_groups, function)
+    except Exception as error:
+        _raise_together(error, source, process_groups, norm_type)
+        raise
     # A list of parameters is not walked in Python, which takes longer than measuring it.
-    is_list = type(source) is list or type(source) is tuple
+    is_list = (type(source) is list or type(source) is tuple) and not groups
     measured = _ops.native_grad_norms_of_each(source, norm_type, dtype) if is_list else None
     if measured is not None:
         # As many as were measured: a computed `grad` may change the list while it is read.
         names = default_names(measured[1].numel())
     else:
-        collection = Collection(source, function)
+        collection = Collection(source, function, may_be_empty=bool(groups))
         names = collection.names
-        measured = _ops.grad_norms(
-            collection.parameters, norm_type, dtype, _ops.Caller(function, names=names)
-        )
+        caller = _ops.Caller(function, names=names)
+        measured = _ops.grad_norms(collection.parameters, norm_type, dtype, caller, groups=groups)
     total, norms = measured
     if dtype is not None:
         total, norms = total.to(dtype), norms.to(dtype)
     return GradNorms(total, norms, names)
+
+
+def _raise_together(error: Exception, source: Any, process_groups: Any, norm_type: Any) -> None:
+    """Raise an error of the arguments on all ranks, if there are others."""
+    function = "grad_norms"
+    try:
+        collection = Collection(source, function, may_be_empty=True)
+    except Exception:
+        # The source is wrong as well, and names no other ranks.
+        return
+    parameters = collection.parameters
+    caller = _ops.Caller(function, names=collection.names)
+    sections = [len(parameters)]
+    _ops.raise_together(error, parameters, process_groups, caller, norm_type, sections)

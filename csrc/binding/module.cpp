@@ -18,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_value_", &clip_grad_value_, arg("parameters"), arg("clip_value"));
   m.def("grad_norms", &grad_norms, arg("parameters"), arg("norm_type"), arg("dtype"),
         arg("weight_decay"));
+  m.def("tensor_norms", &tensor_norms, arg("tensors"), arg("norm_type"), arg("dtype"));
   m.def("scale_", &scale_, arg("parameters"), arg("coefficient"));
   m.def("scale_each_", &scale_each_, arg("parameters"), arg("coefficients"));
   m.def("add_weight_decay_", &add_weight_decay_, arg("parameters"), arg("weight_decay"));

@@ -145,6 +145,15 @@ py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
   }));
 }
 
+py::object tensor_norms(py::handle tensors, double norm_type, py::handle dtype) {
+  const std::optional<Norm> kind = native_norm(norm_type);
+  TensorList measured(/*accept_complex=*/kind == Norm::kL2);
+  if (!kind || !gather_native(tensors, Read::kTensors, &measured)) return py::none();
+  const std::optional<at::ScalarType> result_dtype = unpack_dtype(dtype.ptr());
+  return wrapped_or_none(without_gil(
+      [&] { return binding::grad_norms(measured, *kind, result_dtype, /*decay=*/nullptr); }));
+}
+
 py::object scale_(py::handle parameters, py::handle coefficient) {
   TensorList gradients(/*accept_complex=*/true);
   if (!gather_native(parameters, Read::kGrads, &gradients)) return py::none();

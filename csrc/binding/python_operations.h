@@ -18,6 +18,7 @@ py::object get_total_norm(py::handle tensors, double norm_type, bool error_if_no
                           py::handle dtype);
 py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm);
 py::object clip_grad_value_(py::handle parameters, double clip_value);
+py::object tensor_norms(py::handle tensors, double norm_type, py::handle dtype);
 py::object grad_norms(py::handle parameters, double norm_type, py::handle dtype,
                       double weight_decay);
 py::object scale_(py::handle parameters, py::handle coefficient);

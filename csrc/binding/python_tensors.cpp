@@ -36,7 +36,8 @@ bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
   if (grad.get() == nullptr) throw pybind11::error_already_set();
   if (grad.get() == Py_None) {
     tensors->skip();
-    return true;
+    // A parameter that is distributed over ranks takes part in what they exchange even so.
+    return !THPVariable_Unpack(parameter).key_set().has(c10::DispatchKey::Python);
   }
   if (!THPVariable_Check(grad.get())) return false;
   tensors->add(THPVariable_Unpack(grad.get()));

@@ -12,6 +12,7 @@ name the function and its list.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import fallback, fused, gradients, units
+from gradclip_ext._ops import fallback, fused, gradients, sharded, sharded_units, units
 from gradclip_ext._ops import weight_decay as by_hand
+from gradclip_ext._ops.dtensor import any_in as are_distributed
+from gradclip_ext._ops.failures import raise_unread
 from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
 from gradclip_ext._ops.observation import compiling
+from gradclip_ext._ops.process_groups import Group, ShardGroup, read_process_groups
 from gradclip_ext._ops.scalars import (
     Scalar,
     clip_coefficient,
@@ -39,14 +43,17 @@ from gradclip_ext._ops.scalars import (
     smallest,
     square_root,
 )
+from gradclip_ext._ops.sharded import global_norms
 from gradclip_ext._ops.torch_ops import NORM_EPSILON, promoted_dtype
 
 __all__ = [
     "SMALLEST_FLOAT32_COEFFICIENT",
     "Caller",
     "Scalar",
+    "ShardGroup",
     "add_weight_decay_",
     "are_complex",
+    "are_distributed",
     "clip_coefficient",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -56,6 +63,7 @@ __all__ = [
     "floor",
     "fused_obstacle",
     "get_total_norm",
+    "global_norms",
     "grad_norms",
     "have_float64",
     "have_native_units",
@@ -72,6 +80,9 @@ __all__ = [
     "product",
     "project_",
     "quotient",
+    "raise_together",
+    "raise_unread",
+    "read_process_groups",
     "refuse_meta",
     "require_writable",
     "scale_",
@@ -91,14 +102,19 @@ def clip_grad_norm_(
     foreach: bool | None,
     dtype: torch.dtype | None,
     caller: Caller,
+    groups: Sequence[Group] = (),
 ) -> Tensor:
     """See :func:`gradclip_ext.clip_grad_norm_`."""
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
-    if not compiling():
+    if not (groups or compiling()):
         norm = _C.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
         if norm is not None:
             return norm
+    if groups or are_distributed(parameters):
+        return sharded.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, groups, caller
+        )
     return fallback.clip_grad_norm_(
         parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, caller
     )
@@ -111,12 +127,17 @@ def get_total_norm(
     foreach: bool | None,
     dtype: torch.dtype | None,
     caller: Caller,
+    groups: Sequence[Group] = (),
 ) -> Tensor:
     """See :func:`gradclip_ext.get_total_norm`."""
-    if not compiling():
+    if not (groups or compiling()):
         norm = _C.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
         if norm is not None:
             return norm
+    if groups or are_distributed(tensors):
+        return sharded.get_total_norm(
+            tensors, norm_type, error_if_nonfinite, foreach, dtype, groups, caller
+        )
     return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)
 
 
@@ -148,6 +169,7 @@ def grad_norms(
     dtype: torch.dtype | None,
     caller: Caller,
     weight_decay: float = 0.0,
+    groups: Sequence[Group] = (),
 ) -> tuple[Tensor, Tensor]:
     """The norm of all gradients and of each: 0-dim and 1-D, float64, on the first one's device.
 
@@ -156,7 +178,11 @@ def grad_norms(
     ``dtype`` is what the caller rounds the norms to, None for that of the gradients; they are
     measured only as accurately as it requires.
     """
+    if groups:
+        return sharded.grad_norms(parameters, norm_type, dtype, groups, caller)
     norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    if norms is None and are_distributed(parameters) and weight_decay == 0.0:
+        return sharded.grad_norms(parameters, norm_type, dtype, groups, caller)
     if norms is None and weight_decay > 0.0:
         add_weight_decay_(parameters, weight_decay, Caller("add_weight_decay_"))
         norms = native_grad_norms(parameters, norm_type, dtype)
@@ -194,6 +220,8 @@ def measure(
     """
     norms = native_grad_norms(parameters, norm_type, None)
     if norms is None:
+        if are_distributed(parameters):
+            return sharded.measured(parameters, norm_type, caller)
         return fallback.measure(parameters, norm_type, caller)
     gradients = [parameter.grad for parameter in parameters]
     dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
@@ -271,7 +299,37 @@ def decayed_grad_norms(
 
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
     """Project the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
+    if are_distributed(parameters):
+        return sharded.project_(parameters, max_norm, caller)
     return fallback.project_(parameters, max_norm, caller)
+
+
+def raise_together(
+    error: Exception,
+    tensors: Sequence[Any],
+    process_groups: Any,
+    caller: Caller,
+    norm_type: Any = 2.0,
+    sections: Sequence[int] | None = None,
+) -> None:
+    """Raise an error of an argument on all ranks, if others would wait for this one; else nothing.
+
+    The others cannot be reached over ``process_groups`` if that is what is wrong.
+
+    Args:
+        norm_type: what was passed, right or wrong.
+        sections: of :func:`global_norms` or the single one of :func:`grad_norms`, if the others
+            have called one of these.
+    """
+    groups: Sequence[Group] = ()
+    with contextlib.suppress(Exception):
+        groups = read_process_groups(process_groups, caller.function)
+    if not (groups or are_distributed(tensors)):
+        return
+    order = 2.0
+    with contextlib.suppress(Exception):
+        order = float(norm_type)
+    sharded.raise_together(error, tensors, groups, caller, order, sections)
 
 
 def clip_units_(
@@ -282,6 +340,8 @@ def clip_units_(
         smallest = _C.clip_units_(parameters, clip_factor, eps)
         if smallest is not None:
             return smallest
+    if are_distributed(parameters):
+        return sharded_units.clip_units_(parameters, clip_factor, eps, caller)
     return units.clip_units_(parameters, clip_factor, eps, caller)
 
 

@@ -182,6 +182,7 @@ def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller)
         coefficient = coefficients[index].to(stored.device)
         wide = stored.to(torch_ops.widened_dtype(stored, torch.float64)) * coefficient
         stored.copy_(torch.where(coefficient == 0, torch.zeros_like(wide), wide))
+    Gradients(given, names).bump_versions()
 
 
 @torch.no_grad()
@@ -232,6 +233,11 @@ def _clampable(
 ) -> Gradients:
     """The same for limiting the elements."""
     for gradient, name in zip(given, names, strict=True):
+        if dtensor.is_partial(gradient):
+            raise NotImplementedError(
+                f"{caller.function}: {name} has to be added up over its ranks before its elements "
+                f"can be limited, found the placements {dtensor.placements(gradient)}"
+            )
         if gradient.is_complex():
             raise NotImplementedError(
                 f"{caller.function}: {name}: clamp is not supported for complex types"

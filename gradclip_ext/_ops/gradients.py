@@ -69,7 +69,7 @@ class Gradients:
         for gradient in given:
             stored = values = stored_values(gradient)
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
-                values = gradient.coalesce().values()
+                values = stored_values(gradient.coalesce())
             if not native_allowed or not _C.is_native(values):
                 self.fallback.append(values)
                 self.in_place.append(stored)
@@ -131,14 +131,15 @@ class Gradients:
                 _C.scale_tensors_(group, coefficient.item())
             else:
                 _C.scale_tensors_(group, coefficient.to(device))
-        self._bump_versions_of_sparse()
+        self._bump_versions_of_wholes()
 
     def clamp_(self, clip_value: float, foreach: bool | None) -> None:
         """Clamp every element of every gradient to ``[-clip_value, clip_value]``."""
         torch_ops.clamp_(self.in_place, clip_value, foreach)
         for group in _by_device(self.native).values():
             _C.clamp_tensors_(group, clip_value)
-        self._bump_versions_of_sparse()
+        self._bump_versions_of_wholes()
+        self._bump_versions_of_wholes()
 
     def bump_versions(self) -> None:
         """Bump the versions without a write, since torch's functions always write."""
@@ -148,10 +149,11 @@ class Gradients:
             if not gradient.is_inference():
                 torch.autograd.graph.increment_version(gradient)
 
-    def _bump_versions_of_sparse(self) -> None:
-        # Their values have a version counter of their own.
+    def _bump_versions_of_wholes(self) -> None:
+        # The values of a sparse one and the local part of a DTensor have counters of their own.
         for gradient in self.given:
-            if gradient.layout == torch.sparse_coo and not gradient.is_inference():
+            is_whole = gradient.layout == torch.sparse_coo or dtensor.is_dtensor(gradient)
+            if is_whole and not gradient.is_inference():
                 torch.autograd.graph.increment_version(gradient)
 
 
@@ -204,7 +206,10 @@ def require_storage(tensor: Tensor, name: str, function: str) -> None:
 
     FSDP1 resizes storages to 0 bytes between uses; other sizes come from resizing by hand.
     """
-    if compiling() or not (type(tensor) in (Tensor, Parameter) or _C.is_native(tensor)):
+    if compiling():
+        return
+    tensor = dtensor.local(tensor)
+    if not (type(tensor) in (Tensor, Parameter) or _C.is_native(tensor)):
         return
     if torch_private.is_wrapped(tensor):
         # By functorch: what it stands for has a storage, and it has not.
@@ -300,7 +305,8 @@ def rehearse(tensors: Sequence[Tensor], write: Callable[[list[Tensor]], None]) -
 
 
 def stored_values(gradient: Tensor) -> Tensor:
-    """What a gradient stores: the values of a sparse one, else the gradient itself."""
+    """What a gradient stores on this rank: the values of a sparse one, else the gradient itself."""
+    gradient = dtensor.local(gradient)
     if gradient.layout == torch.sparse_coo:
         return torch_private.stored_values(gradient)
     return gradient

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip_ext._ops import dtensor
 from gradclip_ext._ops.gradients import (
     Caller,
     overlaps_itself,
@@ -30,14 +31,14 @@ def clip_units_(
         The smallest coefficient, 0-dim and float64 on the first gradient's device; None if there is
         no unit.
     """
-    pairs = _read(parameters, caller)
+    pairs = read_pairs(parameters, caller)
     # All before the first write: norms of a parameter on another device cannot be compared.
-    coefficients = [
-        _coefficients(parameter, gradient, clip_factor, eps) for parameter, gradient in pairs
+    all_coefficients = [
+        coefficients(parameter, gradient, clip_factor, eps) for parameter, gradient in pairs
     ]
-    for (_, gradient), own in zip(pairs, coefficients, strict=True):
-        _multiply_(gradient, own)
-    smallest = [own.min() for own in coefficients if own.numel() > 0]
+    for (_, gradient), own in zip(pairs, all_coefficients, strict=True):
+        multiply_(gradient, own)
+    smallest = [own.min() for own in all_coefficients if own.numel() > 0]
     if not smallest:
         return None
     return torch.stack([number.to(smallest[0].device) for number in smallest]).min()
@@ -46,10 +47,11 @@ def clip_units_(
 @torch.no_grad()
 def require_units(parameters: Sequence[Any], caller: Caller) -> None:
     """Raise what :func:`clip_units_` would raise of the gradients, with nothing changed."""
-    _read(parameters, caller)
+    read_pairs(parameters, caller)
 
 
-def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tensor]]:
+def read_pairs(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter with its gradient; all that can be wrong is found here."""
     # A copy, because what computes a gradient may also change the list.
     parameters = tuple(parameters)
     found = read_each_grad(parameters, caller)
@@ -67,13 +69,13 @@ def _read(parameters: Sequence[Any], caller: Caller) -> list[tuple[Tensor, Tenso
 
     def multiply(probes: list[Tensor]) -> None:
         for probe in probes:
-            _multiply_(probe, torch.ones(1, dtype=torch.float64, device=probe.device))
+            multiply_(probe, torch.ones(1, dtype=torch.float64, device=probe.device))
 
     rehearse(given, multiply)
 
     def measure(probes: list[Tensor]) -> None:
         for probe in probes:
-            _coefficients(probe, probe, 1.0, 1.0)
+            coefficients(probe, probe, 1.0, 1.0)
 
     rehearse([*given, *(parameter for parameter, _, _ in pairs)], measure)
     return [(parameter, gradient) for parameter, gradient, _ in pairs]
@@ -90,17 +92,26 @@ def _refuse(parameter: Tensor, gradient: Tensor, name: str, function: str) -> No
             f"{tuple(gradient.shape)} with strides {gradient.stride()}; clone() it first"
         )
     require_shape(parameter, gradient, f"the gradient of {name}", function)
+    obstacle = dtensor.unit_obstacle(parameter, gradient)
+    if obstacle is not None:
+        raise NotImplementedError(f"{function}: the gradient of {name} {obstacle}")
     require_storage(parameter, name, function)
 
 
-def _coefficients(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> Tensor:
+def coefficients(parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> Tensor:
+    """What to multiply each unit of a gradient by, in a shape that broadcasts with it."""
     limits = _unit_norms(parameter).clamp(min=eps) * clip_factor
-    norms = _unit_norms(gradient)
+    return coefficients_of(_unit_norms(gradient), limits)
+
+
+def coefficients_of(norms: Tensor, limits: Tensor) -> Tensor:
+    """The same from the norms of gradients and their limits; 1 where a norm is not finite."""
     exceeds = (norms > limits) & norms.isfinite()
     return (limits / norms.clamp(min=1e-6)).masked_fill(exceeds.logical_not(), 1.0)
 
 
-def _multiply_(gradient: Tensor, coefficients: Tensor) -> None:
+def multiply_(gradient: Tensor, coefficients: Tensor) -> None:
+    """Multiply each unit of a gradient in place by its coefficient, with one rounding."""
     wide = gradient.dtype in (torch.float64, torch.complex128)
     # At least one dimension, and float32 for 16 bits: torch would round a 0-dim coefficient to the
     # gradient's dtype before it multiplies.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import torch_ops, torch_private
+from gradclip_ext._ops import dtensor, torch_ops, torch_private
 from gradclip_ext._ops.gradients import (
     Caller,
     read_each_grad,
@@ -33,7 +33,7 @@ def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Ca
     if weight_decay == 0.0:
         return
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for gradient, weight in pairs:
+    for gradient, weight in _parts(pairs):
         gradients, weights = groups.setdefault((gradient.device, gradient.dtype), ([], []))
         gradients.append(gradient)
         # Converted before the first gradient is written, since that can fail. Detached, because a
@@ -45,6 +45,7 @@ def add_weight_decay_(parameters: Sequence[Any], weight_decay: float, caller: Ca
         else:
             for gradient, weight in zip(gradients, weights, strict=True):
                 gradient.add_(weight, alpha=weight_decay)
+    _bump_versions_of_dtensors(pairs)
 
 
 @torch.no_grad()
@@ -58,9 +59,11 @@ def add_weight_decay_where_(
     parameters: Sequence[Any], weight_decay: float, condition: Tensor, caller: Caller
 ) -> None:
     """As :func:`add_weight_decay_` if a 0-dim tensor, which is not read, holds True."""
-    for gradient, weight in _read(parameters, weight_decay, caller):
+    pairs = _read(parameters, weight_decay, caller)
+    for gradient, weight in _parts(pairs):
         added = _added(gradient, weight, weight_decay)
         gradient.copy_(torch.where(condition.to(gradient.device), added, gradient))
+    _bump_versions_of_dtensors(pairs)
 
 
 @torch.no_grad()
@@ -90,6 +93,17 @@ def decayed_grad_norms(
     for (_, weight), norm in zip(pairs, measured, strict=True):
         each[owners[id(weight)]] = norm
     return total, each
+
+
+def _parts(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """What this rank holds of DTensors; torch distributes a parameter anew where it has to."""
+    return [dtensor.decay_pair(*pair) or pair for pair in pairs]
+
+
+def _bump_versions_of_dtensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    written = [gradient for gradient, _ in pairs if dtensor.is_dtensor(gradient)]
+    if written:
+        torch.autograd.graph.increment_version(written)
 
 
 def _share_storages(pairs: list[tuple[Tensor, Tensor]]) -> bool:

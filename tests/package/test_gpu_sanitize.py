@@ -19,6 +19,8 @@ OTHERS = {
     *("fit_fused_step", "have_clippable_units", "hold_exactly", "holds_twice", "is_flat"),
     *("instruction_set", "is_native", "known_number", "observed", "set_device_mode_type"),
     "set_tuning",
+    # What grad_norms launches, over tensors instead of gradients.
+    "tensor_norms",
 }
 
 

@@ -1,0 +1,191 @@
+"""Norms as what can be added up over ranks, or maximized, and back.
+
+A norm is the root of a sum of powers. What is not a power of elements, the infinity norms, travels
+as the bits of magnitudes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip_ext import _C
+from gradclip_ext._ops import torch_ops, torch_private
+from gradclip_ext._ops.exchange import INFINITY, Exchange
+from gradclip_ext._ops.meshes import Mesh
+from gradclip_ext._ops.shares import Share, Shares
+
+__all__ = ["Algebra"]
+
+# What stands for NaN among the bits of magnitudes.
+_NAN = INFINITY + (1 << 51)
+
+
+class Algebra:
+    """What each rank contributes to an exchange, and what becomes of it."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        shares: Shares,
+        norm_type: float,
+        has_each: bool,
+        sections: Sequence[int],
+    ) -> None:
+        self.exchange = exchange
+        self._shares = shares
+        self._norm_type = norm_type
+        self._has_each = has_each
+        self._sections = sections
+        length = shares.count if has_each else 1
+        self.values: dict[tuple[Any, ...], Tensor] = {
+            mesh.key: exchange.nothing(length) for mesh in exchange.meshes
+        }
+        self._meshes: dict[tuple[Any, ...], Mesh | None] = {m.key: m for m in exchange.meshes}
+        if any(share.mesh is None for share in shares.shares) or not self.values:
+            # Of tensors that no mesh distributes.
+            self.values[()] = exchange.nothing(length)
+            self._meshes[()] = None
+
+    def contribute(self, norms: Tensor) -> None:
+        """Take in the norms of this rank's tensors, which follow one another share by share."""
+        begin = 0
+        for share in self._shares.shares:
+            end = begin + len(share.tensors)
+            if not share.partial:
+                self._include(self.values, share, norms[begin:end])
+            begin = end
+
+    def contribute_everywhere(self, norms: Tensor) -> None:
+        """Take in a number of this rank for each of its meshes."""
+        for key, values in self.values.items():
+            self.values[key] = self._combined(values, self._encoded(norms))
+
+    def add_partial(self) -> None:
+        """Add up what is partial over its ranks, and take in its norms."""
+        for key in sorted(self.values):
+            own = [share for share in self._shares.shares if share.mesh and share.mesh.key == key]
+            for partial in sorted({share.partial for share in own if share.partial}):
+                alike = [share for share in own if share.partial == partial]
+                found: dict[tuple[Any, ...], Tensor] = {
+                    key: self.exchange.nothing(len(self.values[key]))
+                }
+                for share in alike:
+                    self._include(found, share, self._added_up(share))
+                dimensions = alike[0].mesh.dimensions if alike[0].mesh else ()
+                reduced = [dimensions[place] for place in partial]
+                self.exchange.over_meshes(found, [d.key for d in reduced if d])
+                self.values[key] = self._combined(self.values[key], found[key])
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """The norms over all ranks: of each section, and of each gradient."""
+        exchange = self.exchange
+        buckets = [exchange.nothing(len(self._sections)) for _ in range(2 ** len(exchange.groups))]
+        each = None
+        for key, values in self.values.items():
+            mesh = self._meshes[key]
+            totals = self._totals(values) if self._has_each else values
+            bits = exchange.bits_of(mesh)
+            if not exchange.hands_on(mesh):
+                totals = exchange.neutral(totals)
+            buckets[bits] = self._combined(buckets[bits], totals)
+            each = values if each is None else self._combined(each, values)
+        exchange.over_groups(buckets)
+        totals = buckets[0]
+        for bucket in buckets[1:]:
+            totals = self._combined(totals, bucket)
+        is_count = self._norm_type == 0.0
+        none = torch.zeros(0, dtype=torch.float64, device=exchange.device)
+        return (
+            totals if is_count else self._decoded(totals),
+            self._decoded(each) if self._has_each and each is not None else none,
+        )
+
+    def _include(self, values: dict[tuple[Any, ...], Tensor], share: Share, norms: Tensor) -> None:
+        exchange = self.exchange
+        key = share.mesh.key if share.mesh is not None else ()
+        encoded = self._encoded(norms)
+        if not share.counts(exchange.bits_of(share.mesh), exchange.groups):
+            encoded = exchange.neutral(encoded)
+        if not self._has_each:
+            reduced = encoded.max() if exchange.is_maximum else encoded.sum()
+            encoded = reduced.reshape(1)
+        elif share.places != list(range(self._shares.count)):
+            places = torch.tensor(share.places, device=exchange.device)
+            encoded = exchange.nothing(self._shares.count).index_copy(0, places, encoded)
+        values[key] = self._combined(values[key], encoded)
+
+    def _added_up(self, share: Share) -> Tensor:
+        """The norms of partial gradients, each added up over its ranks in one go for each dtype."""
+        assert share.mesh is not None
+        norms: list[Tensor] = [torch.zeros(())] * len(share.tensors)
+        dtypes = sorted({tensor.dtype for tensor in share.tensors}, key=str)
+        for dtype in dtypes:
+            places = [i for i, tensor in enumerate(share.tensors) if tensor.dtype == dtype]
+            # In 16 bits the sums would be rounded once for each rank.
+            wide = torch.promote_types(dtype, torch.float32)
+            flat = torch.cat([share.summands[i].to(wide).reshape(-1) for i in places])
+            home = flat.device
+            flat = flat.to(self.exchange.device)
+            for place in share.partial:
+                dimension = share.mesh.dimensions[place]
+                assert dimension is not None
+                flat = torch_private.all_reduce(flat, "sum", dimension.group)
+                if share.placements[place] == "avg":
+                    flat = flat / len(dimension.ranks)
+            lengths = [share.tensors[i].numel() for i in places]
+            parts = list(torch.split(flat.to(home), lengths))
+            native = _C.tensor_norms(parts, self._norm_type, torch.float64)
+            found = (
+                native[1]
+                if native
+                else [torch_ops.tensor_norm(part, self._norm_type) for part in parts]
+            )
+            for i, norm in zip(places, found, strict=True):
+                norms[i] = norm.to(self.exchange.device)
+        return torch.stack(norms)
+
+    def _combined(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.maximum(one, other) if self.exchange.is_maximum else one + other
+
+    def _totals(self, values: Tensor) -> Tensor:
+        """The power sum of each section, from those of each gradient."""
+        if self._norm_type == 0.0:
+            # As torch, which takes the norm of the norms: how many are not 0.
+            values = torch.where(values.isnan(), values, (values != 0.0).to(values.dtype))
+        nothing = self.exchange.nothing(1)[0]
+        totals = []
+        for section in torch.split(values, list(self._sections)):
+            if section.numel() == 0:
+                totals.append(nothing)
+            else:
+                totals.append(section.max() if self.exchange.is_maximum else section.sum())
+        return torch.stack(totals)
+
+    def _encoded(self, norms: Tensor) -> Tensor:
+        """Power sums; or bits of magnitudes, negative where the smallest has to be the largest."""
+        norm_type = self._norm_type
+        if self.exchange.is_maximum:
+            # A number of their own for NaN, whose sign and payload may be any.
+            bits = (norms + 0.0).view(torch.int64)
+            bits = bits if norm_type > 0.0 else -bits
+            return torch.where(norms.isnan(), _NAN, bits)
+        if norm_type == 2.0:
+            return norms * norms
+        return norms if norm_type in (0.0, 1.0) else norms.pow(norm_type)
+
+    def _decoded(self, values: Tensor) -> Tensor:
+        norm_type = self._norm_type
+        if self.exchange.is_maximum:
+            is_none = values == self.exchange.nothing(1)
+            bits = values if norm_type > 0.0 else torch.where(values == _NAN, values, -values)
+            return torch.where(is_none, 0.0, torch.where(is_none, 0, bits).view(torch.float64))
+        if norm_type == 2.0:
+            return values.sqrt()
+        if norm_type in (0.0, 1.0):
+            return values
+        # Without elements there is no power to take a root of.
+        return torch.where(values == 0.0, 0.0, values.pow(1.0 / norm_type))
