@@ -194,7 +194,12 @@ class Step:
             return self._measured_over_ranks()
         # Several groups, or a decay that waits, are looked at first.
         waits = settings.weight_decay > 0.0 and (len(groups) > 1 or settings.decays_late)
-        found = [None if waits else self._measured_natively(group) for group in groups]
+        try:
+            found = [None if waits else self._measured_natively(group) for group in groups]
+        except Exception as error:
+            # What a `grad` property has raised.
+            raise_together(error, settings, groups)
+            raise
         if None not in found:
             return cast(list[_Measured], found)
         if any(_ops.are_distributed(group.parameters) for group in groups):

@@ -74,7 +74,12 @@ def grad_norms(
         raise
     # A list of parameters is not walked in Python, which takes longer than measuring it.
     is_list = (type(source) is list or type(source) is tuple) and not groups
-    measured = _ops.native_grad_norms_of_each(source, norm_type, dtype) if is_list else None
+    try:
+        measured = _ops.native_grad_norms_of_each(source, norm_type, dtype) if is_list else None
+    except Exception as error:
+        # What a `grad` property has raised.
+        _raise_together(error, source, process_groups, norm_type)
+        raise
     if measured is not None:
         # As many as were measured: a computed `grad` may change the list while it is read.
         names = default_names(measured[1].numel())

@@ -108,7 +108,14 @@ def clip_grad_norm_(
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
     if not (groups or compiling()):
-        norm = _C.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
+        try:
+            norm = _C.clip_grad_norm_(
+                parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
+            )
+        except Exception as error:
+            # What a `grad` property has raised.
+            raise_together(error, parameters, None, caller, norm_type)
+            raise
         if norm is not None:
             return norm
     if groups or are_distributed(parameters):
@@ -180,7 +187,11 @@ def grad_norms(
     """
     if groups:
         return sharded.grad_norms(parameters, norm_type, dtype, groups, caller)
-    norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    try:
+        norms = native_grad_norms(parameters, norm_type, dtype, weight_decay)
+    except Exception as error:
+        raise_together(error, parameters, None, caller, norm_type, [len(parameters)])
+        raise
     if norms is None and are_distributed(parameters) and weight_decay == 0.0:
         return sharded.grad_norms(parameters, norm_type, dtype, groups, caller)
     if norms is None and weight_decay > 0.0:
@@ -218,7 +229,11 @@ def measure(
 
     It is measured as accurately as that dtype requires. 0 in float32 if there is no gradient.
     """
-    norms = native_grad_norms(parameters, norm_type, None)
+    try:
+        norms = native_grad_norms(parameters, norm_type, None)
+    except Exception as error:
+        raise_together(error, parameters, None, caller, norm_type)
+        raise
     if norms is None:
         if are_distributed(parameters):
             return sharded.measured(parameters, norm_type, caller)

@@ -108,6 +108,11 @@ class Algebra:
         exchange = self.exchange
         key = share.mesh.key if share.mesh is not None else ()
         encoded = self._encoded(norms)
+        if self._norm_type < 0.0:
+            # A part without elements has no smallest one, and its norm of 0 no power.
+            empty = [tensor.numel() == 0 for tensor in share.tensors]
+            is_empty = torch.tensor(empty, dtype=torch.bool, device=exchange.device)
+            encoded = torch.where(is_empty, exchange.nothing(1), encoded)
         if not share.counts(exchange.bits_of(share.mesh), exchange.groups):
             encoded = exchange.neutral(encoded)
         if not self._has_each:
