@@ -1,4 +1,4 @@
-"""Lists of parameters that are distributed in many ways, with what their gradients are as a whole."""
+"""Lists of parameters, distributed in many ways, and their gradients as a whole."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ FLAT, GRID, OTHER = "flat", "grid", "other"
 _meshes: dict[tuple[str, int], DeviceMesh] = {}
 
 
+def device_type() -> str:
+    """Where the gradients of the ranks are."""
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
 def mesh_of(name: str) -> DeviceMesh:
     """All ranks in one dimension; in two; in two of another root; or a dimension of the second."""
     size = torch.distributed.get_world_size()
     if (name, size) not in _meshes:
         shape = (size // 2, 2)
         if name == FLAT:
-            mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("all",))
+            mesh = init_device_mesh(device_type(), (size,), mesh_dim_names=("all",))
         elif name == GRID:
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+            mesh = init_device_mesh(device_type(), shape, mesh_dim_names=("dp", "tp"))
         elif name == OTHER:
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("edp", "ep"))
+            mesh = init_device_mesh(device_type(), shape, mesh_dim_names=("edp", "ep"))
         else:
             mesh = mesh_of(GRID)[name]
         _meshes[name, size] = mesh
@@ -72,7 +77,11 @@ MIXES: dict[str, list[Entry]] = {
     "second dimension": _all(FLAT, (S1,), (3, 8), (2, 5)),
     "replicated": _all(FLAT, (R,), (3, 4), (5,)),
     "hsdp": _all(GRID, (R, S0), (6, 3), (5,), (1, 2)),
-    "tensor parallel": [*_all("tp", (S0,), (6, 4)), *_all("tp", (S1,), (4, 6)), *_all("tp", (R,), (4,))],
+    "tensor parallel": [
+        *_all("tp", (S0,), (6, 4)),
+        *_all("tp", (S1,), (4, 6)),
+        *_all("tp", (R,), (4,)),
+    ],
     "sequence parallel": [*_all("tp", (S0,), (6, 4)), *_all("tp", (P,), (8,), (4, 2))],
     "fsdp and tensor parallel": [
         *_all(GRID, (S0, S1), (4, 6), (5, 3)),
@@ -100,24 +109,41 @@ MIXES: dict[str, list[Entry]] = {
         *_all(OTHER, (S1, S0), (4, 6, 2)),
         *_all(OTHER, (S0, S0), (8, 2)),
     ],
-    "submeshes": [*_all("dp", (S0,), (6, 2)), *_all("tp", (S0,), (4, 2)), *_all(GRID, (S0, S0), (8,))],
+    "submeshes": [
+        *_all("dp", (S0,), (6, 2)),
+        *_all("tp", (S0,), (4, 2)),
+        *_all(GRID, (S0, S0), (8,)),
+    ],
     "dtypes": [
         Entry((8, 4), FLAT, (S0,), torch.bfloat16),
         Entry((5, 3), FLAT, (S0,), torch.float16),
         Entry((4, 3), FLAT, (S0,), torch.float32),
         Entry((6,), FLAT, (P,), torch.bfloat16),
     ],
-    "bfloat16": [Entry((64, 8), FLAT, (S0,), torch.bfloat16), Entry((33,), FLAT, (P,), torch.bfloat16)],
+    "bfloat16": [
+        Entry((64, 8), FLAT, (S0,), torch.bfloat16),
+        Entry((33,), FLAT, (P,), torch.bfloat16),
+    ],
     "float64": [Entry((6, 4), FLAT, (S0,), torch.float64), Entry((5,), FLAT, (P,), torch.float64)],
-    "complex": [Entry((6, 4), FLAT, (S0,), torch.complex64), Entry((5,), FLAT, (R,), torch.complex64)],
+    "complex": [
+        Entry((6, 4), FLAT, (S0,), torch.complex64),
+        Entry((5,), FLAT, (R,), torch.complex64),
+    ],
 }
+
+
+def _device() -> str:
+    # Unless a process group exists, for the process that the ranks are compared with.
+    return device_type() if torch.distributed.is_initialized() else "cpu"
 
 
 def whole_gradients(entries: Sequence[Entry], seed: int = 0) -> list[Tensor]:
     """The same on all ranks: multiples of 4, which all dtypes and partial sums hold exactly."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (4.0 * (torch.randn(entry.shape, generator=generator) * 6.0).round()).to(entry.dtype)
+        (4.0 * (torch.randn(entry.shape, generator=generator) * 6.0).round()).to(
+            _device(), entry.dtype
+        )
         for entry in entries
     ]
 
@@ -167,7 +193,6 @@ def _distributed(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
         # Cut here: no rank sends anything.
         return distribute_tensor(whole, mesh, placements, src_data_rank=None)
     # Sharded by the last dimension first, as tensor parallelism and then FSDP2 do it.
-    outer, inner = placements
     split = whole.chunk(mesh.size(1), dim=0)[mesh.get_local_rank(1)]
     local = split.chunk(mesh.size(0), dim=0)[mesh.get_local_rank(0)]
     return DTensor.from_local(
@@ -181,7 +206,7 @@ def whole_of(gradient: Tensor) -> Tensor:
         return gradient
     if any(isinstance(placement, _StridedShard) for placement in gradient.placements):
         mesh = gradient.device_mesh
-        rows = torch.zeros(gradient.shape, dtype=gradient.dtype)
+        rows = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
         count = gradient.shape[0] // mesh.size()
         begin = (mesh.get_local_rank(1) * mesh.size(0) + mesh.get_local_rank(0)) * count
         rows[begin : begin + count] = gradient.to_local()

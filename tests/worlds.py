@@ -1,4 +1,4 @@
-"""Worlds of gloo ranks, made once for many tests: processes that run functions of test modules.
+"""Worlds of ranks, made once for many tests: processes that run functions of test modules.
 
 A fork server imports torch once, before any thread pool exists, and the ranks are forked from it. A
 case is a function at the top level of a test module; every rank calls it with the same arguments
@@ -36,7 +36,7 @@ class Failure:
 class World:
     """Ranks that have initialized a process group and wait for cases."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed.tensor", "gradclip_ext"])
@@ -46,7 +46,7 @@ class World:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, store, theirs, sys.path)
+            arguments = (rank, size, backend, store, theirs, sys.path)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -87,14 +87,18 @@ class World:
         self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection, path: list[str]) -> None:
+def _serve(
+    rank: int, size: int, backend: str, store: str, pipe: Connection, path: list[str]
+) -> None:
     import torch
 
     sys.path[:] = path
     # One thread: pools of threads do not survive a fork, and the ranks share the cores.
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,

@@ -82,6 +82,8 @@ class Exchange:
         signature: object = None,
     ) -> None:
         self.meshes = sorted({mesh.key: mesh for mesh in meshes}.values(), key=lambda m: m.key)
+        # Those with the same ranks may have groups of their own, one of which is to be used.
+        self._all_meshes = meshes
         self.groups = groups
         self.device = device
         self.rank = torch.distributed.get_rank() if self._travels() else 0
@@ -109,9 +111,11 @@ class Exchange:
                 Replaced by what they became.
             but: keys of dimensions.
         """
-        dimensions: dict[Any, Dimension] = {
-            d.key: d for mesh in self.meshes if mesh.key in values for d in mesh.dimensions if d
-        }
+        dimensions: dict[Any, Dimension] = {}
+        for mesh in self._all_meshes:
+            for d in mesh.dimensions if mesh.key in values else ():
+                if d and (d.key not in dimensions or d.order < dimensions[d.key].order):
+                    dimensions[d.key] = d
         for key in sorted(dimensions):
             if key in but:
                 continue

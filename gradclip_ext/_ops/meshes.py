@@ -27,12 +27,14 @@ class Dimension(NamedTuple):
         key: the same on all ranks, and sortable.
         ranks: the global ranks of this rank's group.
         is_first: whether this rank is the first of its group.
+        order: which of several groups of the same ranks all ranks choose: that of the least order.
         group: what the collectives take.
     """
 
     key: tuple[tuple[int, ...], tuple[int, ...]]
     ranks: tuple[int, ...]
     is_first: bool
+    order: tuple[int, str]
     group: ProcessGroup
 
 
@@ -89,6 +91,9 @@ def _read(mesh: DeviceMesh) -> Mesh:
         places = [root.index(rank) for rank in group_ranks]
         key = (root, tuple(place - places[0] for place in places))
         is_first = coordinate[place] == 0
-        dimensions.append(Dimension(key, group_ranks, is_first, mesh.get_group(place)))
+        group = mesh.get_group(place)
+        # The name under which its ranks have met.
+        order = (len(group.group_name), group.group_name)
+        dimensions.append(Dimension(key, group_ranks, is_first, order, group))
     own_key = (root, tuple(() if d is None else d.key[1] for d in dimensions))
     return Mesh(own_key, tuple(dimensions), ranks, mesh.device_type, True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from worlds import World
 
-_worlds: dict[int, World] = {}
+_worlds: dict[tuple[int, str], World] = {}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,11 +19,12 @@ def _closed_in_the_end() -> Iterator[None]:
 
 @pytest.fixture
 def world() -> Callable[[int], World]:
-    """Gives the world of a size."""
+    """Gives the world of a size, and of a backend."""
 
-    def of_size(size: int) -> World:
-        if size not in _worlds or not _worlds[size].is_open:
-            _worlds[size] = World(size)
-        return _worlds[size]
+    def of_size(size: int, backend: str = "gloo") -> World:
+        key = (size, backend)
+        if key not in _worlds or not _worlds[key].is_open:
+            _worlds[key] = World(size, backend)
+        return _worlds[key]
 
     return of_size

@@ -129,14 +129,18 @@ def nonfinite(name: str, norm_type: float, value: float, way: str) -> Any:
 
 def unknown_partial() -> Any:
     mesh = mixes.mesh_of(mixes.FLAT)
-    parameter = nn.Parameter(DTensor.from_local(torch.zeros(3), mesh, [Replicate()], run_check=False))
+    parameter = nn.Parameter(
+        DTensor.from_local(torch.zeros(3), mesh, [Replicate()], run_check=False)
+    )
     parameter.grad = DTensor.from_local(torch.ones(3), mesh, [Partial("max")], run_check=False)
     gradclip_ext.clip_grad_norm_([parameter], 1.0)
 
 
 def partial_on_some() -> Any:
     mesh = mixes.mesh_of(mixes.FLAT)
-    parameter = nn.Parameter(DTensor.from_local(torch.zeros(3), mesh, [Replicate()], run_check=False))
+    parameter = nn.Parameter(
+        DTensor.from_local(torch.zeros(3), mesh, [Replicate()], run_check=False)
+    )
     if torch.distributed.get_rank() != BROKEN:
         parameter.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False)
     before = None if parameter.grad is None else parameter.grad.to_local().clone()
@@ -163,7 +167,9 @@ def outside(beside: bool) -> Any:
     parameter.grad = gradient
     parameters = [parameter]
     if beside:
-        parameters += mixes.parameters_of([mixes.Entry((4,), mixes.FLAT, (mixes.S0,))], [torch.ones(4)])
+        parameters += mixes.parameters_of(
+            [mixes.Entry((4,), mixes.FLAT, (mixes.S0,))], [torch.ones(4)]
+        )
     norm = gradclip_ext.clip_grad_norm_(parameters, 1.0)
     return norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
 
@@ -293,5 +299,7 @@ def test_meshes_of_two_kinds_of_devices(world):
 
 def test_the_next_call_works(world):
     for texts, norm, expected in world(2).run(fail_then_work):
-        assert [f"found -{attempt + 1}.0" in text for attempt, text in enumerate(texts)] == [True] * 3
+        assert [f"found -{attempt + 1}.0" in text for attempt, text in enumerate(texts)] == [
+            True
+        ] * 3
         assert norm == pytest.approx(expected, rel=1e-6)

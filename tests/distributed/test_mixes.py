@@ -63,7 +63,9 @@ def measure(name: str, watches: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for norm_type in NORM_TYPES:
         with watched(watches):
-            total = gradclip_ext.get_total_norm([p.grad for p in parameters], norm_type, dtype=torch.float64)
+            total = gradclip_ext.get_total_norm(
+                [p.grad for p in parameters], norm_type, dtype=torch.float64
+            )
             norms = gradclip_ext.grad_norms(parameters, norm_type)
         total = total.full_tensor() if isinstance(total, DTensor) else total
         assert type(norms.total) is type(norms.norms) is Tensor
@@ -88,7 +90,9 @@ def test_clip_grad_norm(world, name, size, watches):
     answers = world(size).run(clip, name, watches)
     assert len({answer["norm"].hex() for answer in answers}) == 1
     for answer in answers:
-        assert answer["norm"] == pytest.approx(answer["expected"], rel=1e-6 if name != "float64" else 1e-15)
+        assert answer["norm"] == pytest.approx(
+            answer["expected"], rel=1e-6 if name != "float64" else 1e-15
+        )
         assert all(answer["gradients"]), answer
 
 
