@@ -95,6 +95,9 @@ MIXES: dict[str, list[Entry]] = {
         *_all(GRID, (P, P), (4,)),
         *_all(GRID, (R, A), (4, 2)),
         *_all(GRID, (A, S0), (4, 2)),
+        # Of which the ranks hold different numbers of elements.
+        *_all(GRID, (S0, P), (5, 2), (1,)),
+        *_all(GRID, (P, S0), (3, 2)),
     ],
     "partial only": _all(FLAT, (P,), (4, 3), (5,)),
     "beside plain tensors": [*_all(FLAT, (S0,), (8, 3)), Entry((5, 2)), Entry((3,))],

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import torch_ops, torch_private
+from gradclip_ext._ops import torch_private
 from gradclip_ext._ops.exchange import INFINITY, Exchange
 from gradclip_ext._ops.meshes import Mesh
 from gradclip_ext._ops.shares import Share, Shares
+from gradclip_ext._ops.torch_ops import tensor_norm
 
 __all__ = ["Algebra"]
 
@@ -73,11 +74,10 @@ class Algebra:
                 found: dict[tuple[Any, ...], Tensor] = {
                     key: self.exchange.nothing(len(self.values[key]))
                 }
-                for share in alike:
-                    self._include(found, share, self._added_up(share))
-                dimensions = alike[0].mesh.dimensions if alike[0].mesh else ()
-                reduced = [dimensions[place] for place in partial]
-                self.exchange.over_meshes(found, [d.key for d in reduced if d])
+                for share, norms in zip(alike, self._added_up(alike), strict=True):
+                    self._include(found, share, norms)
+                reduced = [dimension.key for dimension in alike[0].partial_dimensions]
+                self.exchange.over_meshes(found, reduced)
                 self.values[key] = self._combined(self.values[key], found[key])
 
     def finished(self) -> tuple[Tensor, Tensor]:
@@ -123,35 +123,30 @@ class Algebra:
             encoded = exchange.nothing(self._shares.count).index_copy(0, places, encoded)
         values[key] = self._combined(values[key], encoded)
 
-    def _added_up(self, share: Share) -> Tensor:
-        """The norms of partial gradients, each added up over its ranks in one go for each dtype."""
-        assert share.mesh is not None
-        norms: list[Tensor] = [torch.zeros(())] * len(share.tensors)
-        dtypes = sorted({tensor.dtype for tensor in share.tensors}, key=str)
-        for dtype in dtypes:
-            places = [i for i, tensor in enumerate(share.tensors) if tensor.dtype == dtype]
-            # In 16 bits the sums would be rounded once for each rank.
-            wide = torch.promote_types(dtype, torch.float32)
-            flat = torch.cat([share.summands[i].to(wide).reshape(-1) for i in places])
+    def _added_up(self, shares: Sequence[Share]) -> list[Tensor]:
+        """The norms of gradients that are partial in the same dimensions of a mesh, share by share.
+
+        They are added up over their ranks in one go for each of these dimensions and each dtype.
+        """
+        tensors = [tensor for share in shares for tensor in share.summands]
+        factors = [share.average_factor for share in shares for _ in share.summands]
+        norms = [torch.zeros((), dtype=torch.float64, device=self.exchange.device)] * len(tensors)
+        # In 16 bits the sums would be rounded once for each rank.
+        dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        for dtype in sorted(set(dtypes), key=str):
+            places = [place for place, own in enumerate(dtypes) if own == dtype]
+            flat = torch.cat([tensors[place].to(dtype).reshape(-1) for place in places])
             home = flat.device
             flat = flat.to(self.exchange.device)
-            for place in share.partial:
-                dimension = share.mesh.dimensions[place]
-                assert dimension is not None
+            for dimension in shares[0].partial_dimensions:
                 flat = torch_private.all_reduce(flat, "sum", dimension.group)
-                if share.placements[place] == "avg":
-                    flat = flat / len(dimension.ranks)
-            lengths = [share.tensors[i].numel() for i in places]
-            parts = list(torch.split(flat.to(home), lengths))
+            split = torch.split(flat.to(home), [tensors[place].numel() for place in places])
+            parts = [part * factors[place] for place, part in zip(places, split, strict=True)]
             native = _C.tensor_norms(parts, self._norm_type, torch.float64)
-            found = (
-                native[1]
-                if native
-                else [torch_ops.tensor_norm(part, self._norm_type) for part in parts]
-            )
-            for i, norm in zip(places, found, strict=True):
-                norms[i] = norm.to(self.exchange.device)
-        return torch.stack(norms)
+            found = native[1] if native else [tensor_norm(part, self._norm_type) for part in parts]
+            for place, norm in zip(places, found, strict=True):
+                norms[place] = norm.to(self.exchange.device)
+        return list(torch.split(torch.stack(norms), [len(share.summands) for share in shares]))
 
     def _combined(self, one: Tensor, other: Tensor) -> Tensor:
         return torch.maximum(one, other) if self.exchange.is_maximum else one + other

@@ -24,6 +24,7 @@ from gradclip_ext._ops.process_groups import Group
 
 __all__ = ["INFINITY", "PUBLICATIONS", "Exchange", "Flags", "host_knows"]
 
+_LEAST_LENGTH = 8
 # How many texts of a rank are kept for the others.
 PUBLICATIONS = 16
 
@@ -65,6 +66,11 @@ class Flags(NamedTuple):
 class Exchange:
     """The collectives of one call.
 
+    Args:
+        meshes: all that the gradients and parameters of the call have, and this rank is in.
+        partial: the keys of meshes with what all their ranks know of gradients that have yet to be
+            added up.
+
     Attributes:
         meshes: those of which this rank is a member, in canonical order.
         groups: the process groups that were passed.
@@ -79,7 +85,7 @@ class Exchange:
         groups: Sequence[Group],
         device: torch.device,
         norm_type: float,
-        signature: object = None,
+        partial: Sequence[tuple[tuple[Any, ...], object]] = (),
     ) -> None:
         self.meshes = sorted({mesh.key: mesh for mesh in meshes}.values(), key=lambda m: m.key)
         # Those with the same ranks may have groups of their own, one of which is to be used.
@@ -89,7 +95,8 @@ class Exchange:
         self.rank = torch.distributed.get_rank() if self._travels() else 0
         self.is_maximum = math.isinf(norm_type)
         self._has_infinite_powers = norm_type < 0.0
-        self._signature = (norm_type, signature)
+        self._norm_type = norm_type
+        self._partial = sorted(partial)
         self.has_failed = False
         self.holds_nonfinite = False
         # The number of what this rank has published of either.
@@ -125,7 +132,8 @@ class Exchange:
                 if mesh.key in values and any(d and d.key == key for d in mesh.dimensions)
             ]
             lengths = [len(values[mesh]) for mesh in moving]
-            told = ("mesh", key, moving, lengths)
+            partial = [pair for pair in self._partial if pair[0] in moving]
+            told = ("mesh", key, moving, lengths, partial)
             reduced = self._reduce([values[m] for m in moving], dimensions[key].group, told)
             values.update(zip(moving, torch.split(reduced, lengths), strict=True))
 
@@ -189,13 +197,16 @@ class Exchange:
         return torch.zeros(length, dtype=torch.float64, device=self.device)
 
     def _reduce(self, parts: list[Tensor], group: Any, told: object) -> Tensor:
-        signature = zlib.crc32(repr((self._signature, told)).encode()) & 0xFFFF
-        tail = self._tail(float(signature))
+        signature = zlib.crc32(repr((self._norm_type, told)).encode()) & 0xFFFF
+        length = sum(part.numel() for part in parts)
+        # Of a length that lists of almost the same length share: where they differ, the signature
+        # tells, while a collective of different lengths would hang or end the process.
+        padded = max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
+        padding = self.nothing(padded - length)
         operation = "max" if self.is_maximum else "sum"
-        vector = torch.cat([*parts, tail])
+        vector = torch.cat([*parts, padding, self._tail(float(signature))])
         reduced = torch_private.all_reduce(vector, operation, group)
-        length = vector.numel() - tail.numel()
-        self._read_tail(reduced[length:])
+        self._read_tail(reduced[padded:])
         return reduced[:length]
 
     def _tail(self, signature: float) -> Tensor:

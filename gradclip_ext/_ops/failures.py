@@ -92,8 +92,9 @@ def _raise(flags: Flags, function: str) -> None:
     if flags.disagrees:
         raise RuntimeError(
             f"{function}: the ranks have called it differently, so no gradient was changed; "
-            "norm_type, the process groups and their order, and the gradients with Partial "
-            "placements have to be the same on all ranks"
+            "norm_type, the list of parameters where each norm is asked for, the process groups "
+            "in their order, and the gradients with Partial placements have to be the same on all "
+            "ranks"
         )
 
 

@@ -277,12 +277,12 @@ def measure(
     if shares.error is not None:
         local = torch.zeros(len(shares.tensors), dtype=torch.float64, device="cpu")
     device = _exchange_device(shares, groups)
-    partial = sorted(
-        (share.mesh.key, share.partial, sum(tensor.numel() for tensor in share.tensors))
+    partial = [
+        (share.mesh.key, (share.partial, sum(gradient.numel() for gradient in share.given)))
         for share in shares.shares
         if share.mesh is not None and share.partial
-    )
-    exchange = Exchange(shares.meshes, groups, device, norm_type, (has_each, partial))
+    ]
+    exchange = Exchange(shares.meshes, groups, device, norm_type, partial)
     algebra = Algebra(exchange, shares, norm_type, has_each, sections or [shares.count])
     if shares.error is not None:
         exchange.has_failed = True

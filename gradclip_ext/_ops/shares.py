@@ -18,7 +18,7 @@ from gradclip_ext._ops.gradients import (
     refuse_unwritable,
     require_storage,
 )
-from gradclip_ext._ops.meshes import Mesh, read_mesh
+from gradclip_ext._ops.meshes import Dimension, Mesh, read_mesh
 from gradclip_ext._ops.process_groups import Group
 
 __all__ = ["Share", "Shares"]
@@ -64,6 +64,21 @@ class Share:
             )
             if placement in _PARTIAL_OPERATIONS and dimension is not None
         )
+
+    @property
+    def partial_dimensions(self) -> list[Dimension]:
+        """The same as dimensions."""
+        found = [self.mesh.dimensions[place] for place in self.partial] if self.mesh else []
+        return [dimension for dimension in found if dimension is not None]
+
+    @property
+    def average_factor(self) -> float:
+        """What makes an average of a sum over the partial dimensions."""
+        factor = 1.0
+        for place, dimension in zip(self.partial, self.partial_dimensions, strict=True):
+            if self.placements[place] == "avg":
+                factor /= len(dimension.ranks)
+        return factor
 
     def counts(self, bits: int, groups: Sequence[Group]) -> bool:
         """Whether this rank's part is counted, and not the same part on another rank."""

@@ -16,8 +16,8 @@ import gradclip_ext
 from gradclip_ext import AGC, AutoClip, GradClipper
 
 # In a world of four ranks: one for each mesh dimension of more than one rank, whatever the number
-# of gradients. Partial gradients take one for each mesh dimension, operation and dtype, and one
-# more for each of the other dimensions of their mesh.
+# of gradients. Partial gradients take one for each mesh dimension and dtype, and one more for each
+# of the other dimensions of their mesh.
 COUNTS = {
     "fsdp": 1,
     "empty shards": 1,
@@ -33,9 +33,9 @@ COUNTS = {
     "dtypes": 2,
     "partial only": 2,
     "sequence parallel": 2,
-    # Two dimensions; (P, R) and (A, S0) are added up over the first, (S0, P) and (R, A) over the
-    # second, each pair with a vector over the other one; (P, P) over both.
-    "partial": 2 + (1 + 1 + 1) + (1 + 1 + 1) + 2,
+    # Two dimensions; some are added up over the first, some over the second, each of them with a
+    # vector over the other one; and (P, P) over both.
+    "partial": 2 + (1 + 1) + (1 + 1) + 2,
 }
 # Every way to measure takes the same.
 WAYS = ["clip_grad_norm_", "get_total_norm", "grad_norms", "GradClipper", "grad_clipping"]

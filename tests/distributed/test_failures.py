@@ -158,6 +158,18 @@ def different_orders() -> Any:
     gradclip_ext.clip_grad_norm_(parameters, 1.0, order)
 
 
+def different_lists(function: str) -> Any:
+    """One rank lists a parameter less than the others."""
+    entries = mixes.MIXES["beside plain tensors"]
+    parameters = mixes.parameters_of(entries, mixes.whole_gradients(entries))
+    if torch.distributed.get_rank() == BROKEN:
+        parameters = parameters[:-1]
+    if function == "grad_norms":
+        gradclip_ext.grad_norms(parameters)
+    else:
+        gradclip_ext.GradClipper(parameters, 1.0).clip_()
+
+
 def outside(beside: bool) -> Any:
     """A mesh of the first two ranks, on four; with ``beside`` also a mesh of all."""
     mesh = torch.distributed.device_mesh.DeviceMesh("cpu", [0, 1])
@@ -277,6 +289,12 @@ def test_a_partial_gradient_that_one_rank_does_not_have(world, size):
 
 def test_another_norm_on_one_rank(world):
     for answer in world(4).outcomes(different_orders):
+        assert answer.kind == "RuntimeError" and "differently" in answer.text, answer
+
+
+@pytest.mark.parametrize("function", ["grad_norms", "GradClipper"])
+def test_another_list_on_one_rank(world, function):
+    for answer in world(4).outcomes(different_lists, function):
         assert answer.kind == "RuntimeError" and "differently" in answer.text, answer
 
 

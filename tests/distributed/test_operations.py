@@ -123,6 +123,33 @@ def step(optimizer: str, fused: bool) -> Any:
     return float(total.full_tensor() if isinstance(total, DTensor) else total), norm_of(wholes)
 
 
+def unscale(way: str, overflow: str) -> Any:
+    """An overflow on one rank skips the step on all of them."""
+    entries = mixes.MIXES["fsdp"]
+    wholes = mixes.whole_gradients(entries)
+    parameters = mixes.parameters_of(entries, [whole * 1024.0 for whole in wholes])
+    if overflow and torch.distributed.get_rank() == 1:
+        parameters[0].grad.to_local().view(-1)[0] = float(overflow)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=way == "fused")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    if way in ("fused", "unfused"):
+        norm = gradclip_ext.clip_and_step(optimizer, 1.0, scaler=scaler)
+    elif way == "GradClipper":
+        clipper = gradclip_ext.GradClipper(parameters, 1.0)
+        norm = clipper.step(optimizer, scaler)
+    else:
+        norm = gradclip_ext.unscale_and_clip_grad_norm_(scaler, optimizer, 1.0)
+        scaler.step(optimizer)
+    scaler.update()
+    changed = [
+        not torch.equal(p.detach().to_local(), torch.full_like(p.to_local(), 0.5))
+        for p in parameters
+    ]
+    plain = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return any(changed), scaler.get_scale(), repr(plain.item()), norm_of(wholes)
+
+
 def largest_of_tensors() -> Any:
     """A limit in a tensor or a DTensor."""
     entries = mixes.MIXES["fsdp"]
@@ -218,6 +245,19 @@ def test_weight_decay(world, name):
 def test_clip_and_step(world, optimizer, fused):
     for found, expected in world(2).run(step, optimizer, fused):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("overflow", ["", "nan", "inf"])
+@pytest.mark.parametrize("way", ["fused", "unfused", "GradClipper", "unscale_and_clip"])
+def test_with_a_scaler(world, way, overflow):
+    answers = world(2).run(unscale, way, overflow)
+    assert answers[0] == answers[1]
+    changed, scale, norm, expected = answers[0]
+    if overflow:
+        assert not changed and scale == 512.0
+    else:
+        assert changed and scale == 1024.0
+        assert float(norm) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_limit_in_a_tensor(world):

@@ -139,6 +139,24 @@ def megatron(orders: str) -> Any:
     return norm.item().hex(), expected
 
 
+def stages_with_partial_gradients() -> Any:
+    """Stages on meshes of their own, only one of which has gradients that are partial."""
+    stage = torch.distributed.get_rank() // 2
+    mixes_of_stages = [
+        [mixes.Entry((4, 2), "tp", (mixes.S0,)), mixes.Entry((3,), "tp", (mixes.P,))],
+        [mixes.Entry((6, 2), "tp", (mixes.S1,))],
+    ]
+    wholes = [mixes.whole_gradients(entries, seed) for seed, entries in enumerate(mixes_of_stages)]
+    parameters = mixes.parameters_of(mixes_of_stages[stage], wholes[stage])
+    found = []
+    for norm_type in (2.0, math.inf):
+        norm = gradclip_ext.get_total_norm(
+            [p.grad for p in parameters], norm_type, process_groups=pipeline(), dtype=torch.float64
+        )
+        found.append((norm.item().hex(), norm_of([*wholes[0], *wholes[1]], norm_type)))
+    return found
+
+
 def beside_dtensors(group_name: str) -> Any:
     """DTensors whose mesh holds the group count once, plain tensors are parts over the group."""
     entries = mixes.MIXES["fsdp and tensor parallel"]
@@ -261,6 +279,13 @@ def test_groups_in_another_order_on_one_rank(world):
     for answer in world(4).outcomes(megatron, "one differs"):
         assert isinstance(answer, Failure) and "called it differently" in answer.text, answer
         assert "order" in answer.text
+
+
+def test_stages_of_which_one_has_partial_gradients(world):
+    answers = world(4).run(stages_with_partial_gradients)
+    assert all(answer == answers[0] for answer in answers)
+    for found, expected in answers[0]:
+        assert float.fromhex(found) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("group", ["world", "tp"])
