@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 FLAT, GRID, OTHER = "flat", "grid", "other"
@@ -192,14 +185,25 @@ def _weight(mesh: DeviceMesh, dimension: int, placement: Placement) -> float:
 
 
 def _distributed(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    if not any(isinstance(placement, _StridedShard) for placement in placements):
-        # Cut here: no rank sends anything.
-        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
-    # Sharded by the last dimension first, as tensor parallelism and then FSDP2 do it.
-    split = whole.chunk(mesh.size(1), dim=0)[mesh.get_local_rank(1)]
-    local = split.chunk(mesh.size(0), dim=0)[mesh.get_local_rank(0)]
+    """As distribute_tensor, without a collective."""
+    local = whole
+    order = list(enumerate(placements))
+    if any(isinstance(placement, _StridedShard) for placement in placements):
+        # Sharded by the last dimension first, as tensor parallelism and then FSDP2 do it.
+        order.reverse()
+    for dimension, placement in order:
+        if isinstance(placement, (Shard, _StridedShard)):
+            size, own = mesh.size(dimension), mesh.get_local_rank(dimension)
+            parts = local.chunk(size, placement.dim) if local.shape[placement.dim] else ()
+            empty = local.narrow(placement.dim, 0, 0)
+            local = parts[own] if own < len(parts) else empty
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        local.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
     )
 
 
