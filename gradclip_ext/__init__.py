@@ -16,6 +16,7 @@ from gradclip_ext.functional import (
 )
 from gradclip_ext.norms import GradNorms, grad_norms
 from gradclip_ext.optim import clip_and_step
+from gradclip_ext.patch import patch, unpatch
 from gradclip_ext.textbook import add_weight_decay_, clip_grad_norm, grad_clipping
 from gradclip_ext.thresholds import (
     AGC,
@@ -49,5 +50,7 @@ __all__ = [
     "get_total_norm",
     "grad_clipping",
     "grad_norms",
+    "patch",
+    "unpatch",
     "unscale_and_clip_grad_norm_",
 ]

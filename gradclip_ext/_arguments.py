@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,11 +40,29 @@ def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[A
 
 
 def _warn_of_empty_generator(function: str) -> None:
-    # As in torch, only this function warns. The stack level points at the caller's line.
+    # As in torch, only this function warns.
     if function == "clip_grad_norm_":
         warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
+            "`parameters` is an empty generator, no gradient clipping will occur.",
+            stacklevel=_stack_level_of_caller(),
         )
+
+
+def _stack_level_of_caller() -> int:
+    """The stack level, for a warning of the calling function, of the line that called the package.
+
+    Where torch's functions call ours, see :mod:`.patch`, that is the line that called those.
+    """
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_on_the_way(frame.f_globals.get("__name__", "")):
+        level += 1
+        frame = frame.f_back
+    return level
+
+
+def _is_on_the_way(module: str) -> bool:
+    return module.startswith("gradclip_ext.") or module == "torch.nn.utils.clip_grad"
 
 
 def _remedy_for_container(value: Any) -> str | None:

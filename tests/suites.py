@@ -10,7 +10,7 @@ TESTS = Path(__file__).resolve().parent
 # default device is enough. A file that tests the CPU only says so: pytestmark = cpu_only.
 ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "optim", "textbook", "thresholds"}
 # On every build of the package, once.
-ON_EVERY_BUILD = {"distributed", "gpu", "package"}
+ON_EVERY_BUILD = {"distributed", "gpu", "package", "patch"}
 # Of the sources: they do not test the build that they run on, or compile csrc themselves.
 OF_THE_SOURCES = {"bench", "examples", "native"}
 

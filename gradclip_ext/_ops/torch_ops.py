@@ -35,7 +35,7 @@ def total_norm(
     if not filled:
         result = torch.zeros((), dtype=norm_dtype(tensors), device=tensors[0].device)
     elif dtype is None:
-        result = torch.nn.utils.get_total_norm(filled, norm_type, False, foreach)
+        result = torch_private.get_total_norm(filled, norm_type, False, foreach)
         if len(filled) < len(tensors):
             result = result.to(tensors[0].device, norm_dtype(tensors))
     else:

@@ -14,6 +14,7 @@ import torch
 import torch.optim.optimizer as optimizer_module
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.nn.utils.clip_grad import _get_total_norm
 from torch.utils._device import DeviceContext
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,6 +30,7 @@ __all__ = [
     "foreach_clamp_",
     "foreach_mul_",
     "found_inf_flags",
+    "get_total_norm",
     "has_foreach_support",
     "has_step_pre_hooks",
     "has_torch_step",
@@ -52,6 +54,10 @@ __all__ = [
     "unscale_with",
     "unscaling_undone_on_error",
 ]
+
+# What torch's own function calls. The function itself calls ours after gradclip_ext.patch(), which
+# leads back to here.
+get_total_norm: Callable[..., Tensor] = inspect.unwrap(_get_total_norm)
 
 
 def device_has_foreach_support(device: torch.device) -> bool:

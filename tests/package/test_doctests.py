@@ -33,6 +33,7 @@ WITH_EXAMPLES = (
     "clip_grad_norm",
     "grad_clipping",
     "grad_norms",
+    "patch",
     "unscale_and_clip_grad_norm_",
 )
 

@@ -90,10 +90,11 @@ PARTS = {
         "functional",
         "norms",
         "optim",
+        "patch",
         "textbook",
         "thresholds",
     },
-    "__main__": {"__init__", "_C", "_built_with"},
+    "__main__": {"__init__", "_C", "_built_with", "patch"},
     "_arguments": set(),
     "_build_check": {"_built_with"},
     "_clipper_step": {
@@ -140,6 +141,7 @@ PARTS = {
     "functional": {"_arguments", "_ops"},
     "norms": {"_arguments", "_names", "_ops", "_parameters"},
     "optim": {"_arguments", "_handover", "_measured", "_ops", "_owners", "_scaler"},
+    "patch": {"functional"},
     "textbook": {"_arguments", "_ops", "functional"},
     "thresholds": {"_arguments", "_ops"},
 }

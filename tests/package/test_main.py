@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 import gradclip_ext
 from gradclip_ext import __main__ as main_module
 from gradclip_ext import _built_with
+from gradclip_ext.patch import FUNCTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,20 @@ def test_a_missing_write_fails_loudly(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "FAILED: largest error of a scaled element" in out
     assert "FAILED: a limited gradient differs from torch's" in out
+
+
+def test_compares_with_torchs_own_functions_under_the_patch(capsys, monkeypatch):
+    right = gradclip_ext.clip_grad_norm_
+
+    def wrong(*arguments):
+        return right(*arguments) * 1.001
+
+    monkeypatch.setattr(gradclip_ext, "clip_grad_norm_", wrong)
+    monkeypatch.setitem(FUNCTIONS, "clip_grad_norm_", wrong)
+    with gradclip_ext.patch():
+        assert main_module.main() == 1
+    out = capsys.readouterr().out
+    assert re.search("L2 norm and clipping against torch.nn.utils +FAILED: norm", out)
 
 
 @pytest.mark.parametrize(
