@@ -4,6 +4,7 @@
 """
 
 from gradclip_ext import _native as _native
+from gradclip_ext._processes import patch_if_asked as _patch_if_asked
 from gradclip_ext._version import __version__
 from gradclip_ext.amp import unscale_and_clip_grad_norm_
 from gradclip_ext.clipper import ClipReport, GradClipper
@@ -54,3 +55,6 @@ __all__ = [
     "unpatch",
     "unscale_and_clip_grad_norm_",
 ]
+
+# For programs under gradclip_ext.run, of which torch imports this in every process.
+_patch_if_asked()

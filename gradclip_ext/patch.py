@@ -20,7 +20,15 @@ from torch.nn.utils import clip_grad
 
 from gradclip_ext import functional
 
-__all__ = ["FUNCTIONS", "Patch", "install", "original_functions", "patch", "unpatch"]
+__all__ = [
+    "FUNCTIONS",
+    "Patch",
+    "original_functions",
+    "patch",
+    "patch_with",
+    "replaced_names",
+    "unpatch",
+]
 
 Function = Callable[..., Any]
 
@@ -87,7 +95,7 @@ class Patch:
         global _blocks
         with _lock:
             # Again, because a block may be entered more than once.
-            install(FUNCTIONS)
+            _install(FUNCTIONS)
             _blocks += 1
             if self in _lasting:
                 _lasting.remove(self)
@@ -128,8 +136,13 @@ def patch() -> Patch:
     Raises:
         RuntimeError: something else has replaced one of the functions. None is changed then.
     """
+    return patch_with(FUNCTIONS)
+
+
+def patch_with(functions: Mapping[str, Function]) -> Patch:
+    """As :func:`patch`, with these functions; a place that has been patched keeps what it has."""
     with _lock:
-        install(FUNCTIONS)
+        _install(functions)
         result = Patch()
         _lasting.append(result)
     return result
@@ -159,21 +172,6 @@ def unpatch() -> None:
         _lasting.clear()
 
 
-def install(functions: Mapping[str, Function]) -> None:
-    """Put these functions in the places of torch's, except where one of ours is already.
-
-    Raises:
-        RuntimeError: as :func:`patch`.
-    """
-    with _lock:
-        found = []
-        for name, function in functions.items():
-            found += _find_places(name, function)
-        for place in found:
-            place.put(place.ours)
-        _places.extend(found)
-
-
 @contextlib.contextmanager
 def original_functions() -> Iterator[None]:
     """torch's own functions, patched or not, in this process until the end of the block."""
@@ -186,6 +184,26 @@ def original_functions() -> Iterator[None]:
         finally:
             for place in undone:
                 place.put(place.ours)
+
+
+def replaced_names() -> list[tuple[str, str]]:
+    """The names in torch.nn.utils that something else has replaced since, and by what."""
+    functions = {name: getattr(torch.nn.utils, name) for name in FUNCTIONS}
+    return [
+        (name, _describe(function))
+        for name, function in functions.items()
+        if _places and not any(place.covers(function) for place in _places)
+    ]
+
+
+def _install(functions: Mapping[str, Function]) -> None:
+    """Put these functions in the places of torch's, except where one of ours is already."""
+    found = []
+    for name, function in functions.items():
+        found += _find_places(name, function)
+    for place in found:
+        place.put(place.ours)
+    _places.extend(found)
 
 
 def _restore(caller: str) -> None:
@@ -221,7 +239,7 @@ def _find_places(name: str, ours: Function) -> list[_Closure | _Attribute]:
         f"patch: torch.nn.utils.{name} of torch {torch.__version__} is not the closure that "
         "earlier versions have; it is replaced in torch.nn.utils and torch.nn.utils.clip_grad, "
         "not where it was imported from there before",
-        stacklevel=4,
+        stacklevel=5,
     )
     return [
         _Attribute(name, module, attribute, getattr(module, attribute), ours)

@@ -23,6 +23,7 @@ from torch import Tensor
 from gradclip_ext import _C
 from gradclip_ext._ops import fallback, fused, gradients, sharded, sharded_units, units
 from gradclip_ext._ops import weight_decay as by_hand
+from gradclip_ext._ops.declined import start_watching, stop_watching
 from gradclip_ext._ops.dtensor import any_in as are_distributed
 from gradclip_ext._ops.failures import raise_unread
 from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
@@ -59,6 +60,7 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "clip_units_",
+    "compiling",
     "decayed_grad_norms",
     "floor",
     "fused_obstacle",
@@ -91,6 +93,8 @@ __all__ = [
     "shared_memory",
     "smallest",
     "square_root",
+    "start_watching",
+    "stop_watching",
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
-from gradclip_ext._ops import dtensor, torch_ops
+from gradclip_ext._ops import declined, dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
@@ -42,6 +42,7 @@ def clip_grad_norm_(
     dtype: torch.dtype | None,
     caller: Caller,
 ) -> Tensor:
+    declined.note_gradients(parameters, norm_type, error_if_nonfinite)
     gradients = _writable(parameters, caller, foreach, norm_type)
     if not gradients.given:
         return torch.tensor(0.0, dtype=dtype)
@@ -60,6 +61,7 @@ def get_total_norm(
     dtype: torch.dtype | None,
     caller: Caller,
 ) -> Tensor:
+    declined.note_tensors(tensors, norm_type, error_if_nonfinite)
     given, names = read_tensors(tensors, caller)
     if not given:
         return torch.tensor(0.0, dtype=dtype)
@@ -78,6 +80,7 @@ def clip_grads_with_norm_(
     foreach: bool | None,
     caller: Caller,
 ) -> None:
+    declined.note_gradients(parameters)
     gradients = _writable(parameters, caller, foreach)
     if not gradients.given:
         return
@@ -97,6 +100,7 @@ def clip_grads_with_norm_(
 def clip_grad_value_(
     parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
 ) -> None:
+    declined.note_gradients(parameters)
     given, names = read_grads(parameters, caller)
     gradients = _clampable(given, names, clip_value, foreach, caller)
     if any(gradient.layout == torch.sparse_coo for gradient in given):

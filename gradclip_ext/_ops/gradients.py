@@ -17,7 +17,7 @@ from gradclip_ext import _C, _arguments
 from gradclip_ext._ops import dtensor, memory, torch_ops, torch_private
 from gradclip_ext._ops.observation import compiling, observed
 
-_NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
+NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
 
 # As in csrc/core/norm.h: a smaller one would lose bits in float32, or underflow to 0.
 SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
@@ -65,7 +65,7 @@ class Gradients:
         self.native: list[Tensor] = []
         self.fallback: list[Tensor] = []
         self.in_place: list[Tensor] = []
-        native_allowed = norm_type in _NATIVE_NORM_TYPES and not observed()
+        native_allowed = norm_type in NATIVE_NORM_TYPES and not observed()
         for gradient in given:
             stored = values = stored_values(gradient)
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():

@@ -83,6 +83,7 @@ def test_the_host_reads_a_number_from_the_gpu_in_one_place():
 PARTS = {
     "__init__": {
         "_native",
+        "_processes",
         "_version",
         "amp",
         "clipper",
@@ -97,6 +98,7 @@ PARTS = {
     "__main__": {"__init__", "_C", "_built_with", "patch"},
     "_arguments": set(),
     "_build_check": {"_built_with"},
+    "_calls": {"_ops"},
     "_clipper_step": {
         "_handover",
         "_measured",
@@ -117,6 +119,7 @@ PARTS = {
     "_ops": {"_C", "_arguments"},
     "_owners": {"_arguments", "_ops", "_sources"},
     "_parameters": {"_arguments", "_names", "_sources"},
+    "_processes": {"_calls", "patch"},
     "_sources": {"_C", "_arguments"},
     "_scaler": {"_arguments", "_ops"},
     "_rules": {"_arguments", "_ops", "thresholds"},
@@ -142,6 +145,7 @@ PARTS = {
     "norms": {"_arguments", "_names", "_ops", "_parameters"},
     "optim": {"_arguments", "_handover", "_measured", "_ops", "_owners", "_scaler"},
     "patch": {"functional"},
+    "run": {"_processes"},
     "textbook": {"_arguments", "_ops", "functional"},
     "thresholds": {"_arguments", "_ops"},
 }

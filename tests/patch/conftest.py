@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import programs as running
 import pytest
 import torch
 
@@ -21,3 +22,15 @@ def no_patch_left():
     assert_torchs_own()
     yield
     assert_torchs_own()
+
+
+@pytest.fixture(scope="session")
+def metadata(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metadata")
+    running.register(folder)
+    return folder
+
+
+@pytest.fixture
+def programs(tmp_path, metadata):
+    return running.Programs(tmp_path, metadata)
