@@ -188,6 +188,9 @@ def test_nobody_watches_without_the_patch():
     reason.assert_not_called()
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="cannot trace torch's own function either"
+)
 def test_a_compiler_traces_no_counting(calls):
     graphs = []
 
