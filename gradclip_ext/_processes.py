@@ -2,7 +2,7 @@
 
 Environment variables reach the processes that it starts in turn: with ``GRADCLIP_EXT_PATCH=1`` one
 is patched when it imports torch, see ``gradclip_ext_autoload.py``, and ``GRADCLIP_EXT_CALLS`` names
-a file, to which each adds a line with its calls when it ends.
+the process that reports and a file, to which each adds a line with its calls when it ends.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def patch_if_asked() -> None:
     # Processes that multiprocessing forks end without what atexit calls.
     multiprocessing.util.register_after_fork(_calls, _hand_over_at_end)
     atexit.register(_hand_over)
+    if _owner() == os.getpid():
+        # The program has replaced itself by another one, as with os.execv.
+        _report_at_end()
 
 
 def patch_and_report() -> None:
@@ -66,14 +69,30 @@ def patch_and_report() -> None:
     A process whose calls another one reports does not report itself, nor does any rank of this
     machine but the first.
     """
-    global _reporter
     os.environ[_PATCH] = "1"
     patch_if_asked()
     rank = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0")
     if _CALLS in os.environ or rank != "0":
         return
-    file, os.environ[_CALLS] = tempfile.mkstemp(prefix="gradclip_ext-", suffix=".jsonl")
+    file, path = tempfile.mkstemp(prefix="gradclip_ext-", suffix=".jsonl")
     os.close(file)
+    os.environ[_CALLS] = f"{os.getpid()}:{path}"
+    _report_at_end()
+
+
+def _owner() -> int | None:
+    """The process that reports, if there is one."""
+    number = os.environ.get(_CALLS, "").partition(":")[0]
+    return int(number) if number.isdecimal() else None
+
+
+def _file() -> str:
+    """Where processes hand over their calls."""
+    return os.environ.get(_CALLS, "").partition(":")[2]
+
+
+def _report_at_end() -> None:
+    global _reporter
     _reporter = os.getpid()
     # Called after all that the program registers.
     atexit.register(_report)
@@ -85,13 +104,13 @@ def _hand_over_at_end(_: Calls) -> None:
 
 def _hand_over() -> None:
     """Tell the process that reports of the calls in this one."""
-    if _CALLS not in os.environ or _reporter == os.getpid() or not _calls.counts:
+    if _owner() in (None, os.getpid()) or not _calls.counts:
         return
     line = json.dumps(_calls.as_dict()) + "\n"
     _calls.clear()
     # Without creating it: who reports may have ended, and then nobody would read or remove it.
     with contextlib.suppress(OSError):
-        file = os.open(os.environ[_CALLS], os.O_WRONLY | os.O_APPEND)
+        file = os.open(_file(), os.O_WRONLY | os.O_APPEND)
         try:
             # In one write, which no other process can interrupt.
             os.write(file, line.encode())
@@ -102,7 +121,7 @@ def _hand_over() -> None:
 def _report() -> None:
     if _reporter != os.getpid():
         return
-    path = os.environ[_CALLS]
+    path = _file()
     with contextlib.suppress(OSError, ValueError):
         with open(path, encoding="utf-8") as file:
             for line in file:

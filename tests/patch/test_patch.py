@@ -123,6 +123,37 @@ class TestWhoFollows:
             assert not is_ours(torch.nn.utils.clip_grad_norm_)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="cannot trace torch's own function either"
+)
+def test_compiled_function_follows():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def clip(parameters, max_norm):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def clip_and_check():
+        weight = make_parameter((3.0, 4.0))
+        assert clip([weight], 1.0).item() == 5.0
+        assert weight.grad.tolist() == pytest.approx([0.6, 0.8])
+        return len(graphs)
+
+    try:
+        assert clip_and_check() == 1
+        with patch():
+            # Compiled anew, then found again.
+            assert clip_and_check() == 2
+            assert clip_and_check() == 2
+        assert clip_and_check() == 2
+    finally:
+        torch.compiler.reset()
+
+
 class TestWhen:
     def test_until_unpatch(self):
         patch()

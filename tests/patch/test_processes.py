@@ -87,6 +87,18 @@ class TestProcesses:
         assert result.report[0].startswith("gradclip_ext: 2 calls in 2 processes, ")
         assert len(result.report) == 2
 
+    def test_program_that_replaces_itself(self, programs):
+        programs.write(
+            "script.py",
+            CLIPPING + "import os, sys\nclip()\n"
+            "if 'AGAIN' not in os.environ:\n    os.environ['AGAIN'] = 'yes'\n"
+            "    os.execv(sys.executable, [sys.executable, *sys.argv])\nclip()",
+        )
+        result = programs.run("script.py")
+        assert result.returncode == 0
+        # Those of the first are lost.
+        assert result.report[0].startswith("gradclip_ext: 2 calls, 100 % native, ")
+
     def test_not_patched_because_of_a_setting_of_torch(self, programs):
         programs.write("child.py", IS_OURS)
         programs.write(
