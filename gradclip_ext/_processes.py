@@ -38,8 +38,8 @@ _calls = Calls()
 _is_patched = False
 # Why not, if that was tried.
 _problem: str | None = None
-# Of the process that reports.
-_reporter: int | None = None
+# If this process reports: its number, and the file that others write to.
+_reporter: tuple[int, str] | None = None
 
 
 def patch_if_asked() -> None:
@@ -88,12 +88,12 @@ def _owner() -> int | None:
 
 def _file() -> str:
     """Where processes hand over their calls."""
-    return os.environ.get(_CALLS, "").partition(":")[2]
+    return os.environ[_CALLS].partition(":")[2]
 
 
 def _report_at_end() -> None:
     global _reporter
-    _reporter = os.getpid()
+    _reporter = (os.getpid(), _file())
     # Called after all that the program registers.
     atexit.register(_report)
 
@@ -119,9 +119,10 @@ def _hand_over() -> None:
 
 
 def _report() -> None:
-    if _reporter != os.getpid():
+    # A process that was forked from the one that reports comes here too.
+    if _reporter is None or _reporter[0] != os.getpid():
         return
-    path = _file()
+    path = _reporter[1]
     with contextlib.suppress(OSError, ValueError):
         with open(path, encoding="utf-8") as file:
             for line in file:

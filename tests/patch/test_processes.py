@@ -99,6 +99,12 @@ class TestProcesses:
         # Those of the first are lost.
         assert result.report[0].startswith("gradclip_ext: 2 calls, 100 % native, ")
 
+    def test_program_that_clears_its_environment(self, programs):
+        programs.write("script.py", CLIPPING + "import os; clip(); os.environ.clear()")
+        result = programs.run("script.py")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.report[0].startswith("gradclip_ext: 1 calls, 100 % native, ")
+
     def test_not_patched_because_of_a_setting_of_torch(self, programs):
         programs.write("child.py", IS_OURS)
         programs.write(
