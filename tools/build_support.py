@@ -67,6 +67,9 @@ def import_torch() -> ModuleType:
         sys.path += [path for path in _paths_of_installed_torch() if path not in sys.path]
     if importlib.util.find_spec("torch") is None:
         raise SetupError(_NO_TORCH.format(python=sys.executable))
+    # What is registered to be loaded with torch need not be found behind build isolation, as that
+    # of an editable gradclip_ext is not, and torch could not be imported then.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         import torch
     except (ImportError, OSError) as error:

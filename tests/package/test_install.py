@@ -188,6 +188,12 @@ class TestInstalled:
     def test_files(self, installed):
         names = {path.name for path in (installed / "gradclip_ext").iterdir()}
         assert {"py.typed", "_C.pyi", "_built_with.py"} <= names
+        # What torch calls is outside of the package, see there.
+        assert (installed / "gradclip_ext_autoload.py").is_file()
+        (registered,) = installed.glob("gradclip_ext-*.dist-info/entry_points.txt")
+        assert "[torch.backends]\ngradclip_ext = gradclip_ext_autoload:load\n" in (
+            registered.read_text(encoding="utf-8")
+        )
         assert not (installed / "csrc").exists()
 
     def test_works(self, installed):
