@@ -17,6 +17,9 @@ MULTIPROCESSING = (
     CLIPPING
     + """
 import multiprocessing, os, sys
+
+# Of other processes, which take the same way on every build.
+pytestmark = pytest.mark.install
 def work(count):
     print(clip(count) < float("inf"))
 if __name__ == "__main__":
