@@ -1,0 +1,40 @@
+"""The versions of frameworks that the tests have run with."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+__all__ = ["TESTED", "warn_if_untested"]
+
+# The first and the last release, by their first two numbers; docs/frameworks.md shows them.
+TESTED = {
+    "lightning": ("2.6", "2.6"),
+    "pytorch-lightning": ("2.6", "2.6"),
+    "accelerate": ("1.15", "1.15"),
+    "transformers": ("5.24", "5.24"),
+}
+
+
+def warn_if_untested(module: str, distribution: str, found: str) -> None:
+    """Warn of a version that the tests have not run with. The module works all the same, or not.
+
+    Args:
+        module: the module of this package that relies on the framework.
+        distribution: a key of :data:`TESTED`.
+        found: the version of the framework that was imported.
+    """
+    first, last = TESTED[distribution]
+    if _numbers(first) <= _numbers(found) <= _numbers(last):
+        return
+    tested = first if first == last else f"{first} to {last}"
+    warnings.warn(
+        f"{module}: expected {distribution} {tested}, with which it was tested, found {found}. "
+        "It relies on when the framework calls it, which may have changed: see that the report "
+        "counts every step, or install a version that was tested",
+        stacklevel=3,
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
