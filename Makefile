@@ -23,6 +23,12 @@ CUDA_BUILT := $(CUDA_VENV)/.built
 CUDA_TEST_TOOLS := $(CUDA_VENV)/.test-tools
 # Has no folder named gradclip_ext, which Python would import instead of the installed package.
 CUDA_FOLDER := build/cuda
+# The third environment, for the frameworks that people train with; with the torch of VENV.
+FRAMEWORKS_VENV ?= .venv-frameworks
+FRAMEWORKS_PYTHON := $(abspath $(FRAMEWORKS_VENV))/bin/python
+FRAMEWORKS_ENVIRONMENT := $(FRAMEWORKS_VENV)/.environment
+FRAMEWORKS_BUILT := $(FRAMEWORKS_VENV)/.built
+FRAMEWORKS_FOLDER := build/frameworks
 # One process for each core; who is done takes over half of what another has left.
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 # Threads of torch that wait for one another leave the core to the other processes.
@@ -37,7 +43,7 @@ export BE_SURE_OF_CUDA_BUILD
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test bench cuda kernels sweep lint types stubs clean FORCE
+.PHONY: help venv build demo test bench cuda kernels sweep frameworks lint types stubs clean FORCE
 
 help:  ## Show this list.
 	@echo 'usage: make TARGET [PYTHON=$(PYTHON)] [TORCH=$(TORCH)] [VENV=$(VENV)] [STEPS=n]'
@@ -71,6 +77,10 @@ kernels: $(CUDA_ENVIRONMENT)  ## Check what nvcc makes of the CUDA kernels, for 
 sweep:  ## Compile what compares variants of the CUDA kernels on a GPU; bench/cuda/run.sh runs it.
 	bench/cuda/run.sh build/sweep/sweep.csv --dry-run
 
+frameworks: $(FRAMEWORKS_BUILT)  ## Test with Lightning, Accelerate, Transformers and timm in FRAMEWORKS_VENV.
+	cd $(FRAMEWORKS_FOLDER) && $(PYTEST_SETTINGS) $(FRAMEWORKS_PYTHON) -m pytest -q \
+	  $(CURDIR)/tests/frameworks
+
 lint: $(ENVIRONMENT)  ## Check style and formatting of Python and C++.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -95,6 +105,10 @@ $(VENV)/.torch: FORCE
 $(CUDA_VENV)/.torch: FORCE
 	@mkdir -p $(CUDA_VENV)
 	@echo '$(CUDA_TORCH)' | cmp -s - $@ || echo '$(CUDA_TORCH)' > $@
+
+$(FRAMEWORKS_VENV)/.torch: FORCE
+	@mkdir -p $(FRAMEWORKS_VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 define CREATE_ENVIRONMENT
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
@@ -134,4 +148,20 @@ $(CUDA_BUILT): $(CUDA_ENVIRONMENT) setup.py pyproject.toml $(wildcard tools/*.py
 	GRADCLIP_CUDA=1 TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' \
 	  DIST_EXTRA_CONFIG=$(CUDA_FOLDER)/build.cfg $(CUDA_PYTHON) -m pip install \
 	  --no-build-isolation --no-deps --no-index --force-reinstall .
+	@touch $@
+
+$(FRAMEWORKS_ENVIRONMENT): tests/frameworks/requirements.txt $(FRAMEWORKS_VENV)/.torch
+	$(CREATE_ENVIRONMENT)
+	$(FRAMEWORKS_PYTHON) -m pip install --quiet '$(TORCH)'
+	$(FRAMEWORKS_PYTHON) -m pip install --quiet --no-deps -r tests/frameworks/requirements.txt
+	@touch $@
+
+# The wheel is made where all has been compiled for the same torch.
+$(FRAMEWORKS_BUILT): $(FRAMEWORKS_ENVIRONMENT) $(BUILT) pyproject.toml $(PACKAGE)
+	@rm -rf $(FRAMEWORKS_FOLDER)/wheel
+	@mkdir -p $(FRAMEWORKS_FOLDER)
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --no-index \
+	  --wheel-dir $(FRAMEWORKS_FOLDER)/wheel .
+	$(FRAMEWORKS_PYTHON) -m pip install --quiet --no-deps --no-index --force-reinstall \
+	  $(FRAMEWORKS_FOLDER)/wheel/*.whl
 	@touch $@

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import suites
 import torch
 
 pytest_plugins = ["borrowed"]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out the suites of frameworks where these are missing; see `make frameworks`."""
+    is_folder_with_suites = collection_path.parent == suites.TESTS
+    if is_folder_with_suites and collection_path.name in suites.WITH_FRAMEWORKS:
+        return None if suites.frameworks_are_there() else True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -13,8 +14,17 @@ ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "optim", "textbook",
 ON_EVERY_BUILD = {"distributed", "gpu", "package", "patch"}
 # Of the sources: they do not test the build that they run on, or compile csrc themselves.
 OF_THE_SOURCES = {"bench", "examples", "native"}
+# In an environment of their own, which `make frameworks` creates.
+WITH_FRAMEWORKS = {"frameworks"}
 
-FOLDERS = ON_EVERY_DEVICE | ON_EVERY_BUILD | OF_THE_SOURCES
+FOLDERS = ON_EVERY_DEVICE | ON_EVERY_BUILD | OF_THE_SOURCES | WITH_FRAMEWORKS
+
+_FRAMEWORKS = ("accelerate", "lightning", "timm", "transformers")
+
+
+def frameworks_are_there() -> bool:
+    """Whether what the suites of WITH_FRAMEWORKS import can be imported, all of it."""
+    return all(importlib.util.find_spec(name) is not None for name in _FRAMEWORKS)
 
 
 def folder_of(file: Path) -> str:

@@ -21,5 +21,10 @@ def test_every_known_folder_holds_suites():
 
 
 def test_a_folder_is_of_one_kind():
-    kinds = (suites.ON_EVERY_DEVICE, suites.ON_EVERY_BUILD, suites.OF_THE_SOURCES)
+    kinds = (
+        suites.ON_EVERY_DEVICE,
+        suites.ON_EVERY_BUILD,
+        suites.OF_THE_SOURCES,
+        suites.WITH_FRAMEWORKS,
+    )
     assert sum(map(len, kinds)) == len(suites.FOLDERS)
