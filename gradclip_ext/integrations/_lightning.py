@@ -74,10 +74,10 @@ class LightningClipping:
                 f"{_FUNCTION}: Trainer(gradient_clip_val={value!r}) would clip the gradients once "
                 "more; leave it out"
             )
-        own = _OWN_CLIPPING.intersection(base.__name__ for base in type(trainer.strategy).__mro__)
-        if own:
+        own = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        if not _OWN_CLIPPING.isdisjoint(own):
             raise ValueError(
-                f"{_FUNCTION}: {own.pop()} keeps gradients where only its own clipping sees them; "
+                f"{_FUNCTION}: {own[0]} keeps gradients where only its own clipping sees them; "
                 "pass gradient_clip_val to the Trainer instead of this callback"
             )
         self._clippers.start(pl_module, trainer.optimizers)

@@ -6,15 +6,7 @@ import pytest
 import torch
 import trainers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Accelerators of one process share their state."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+from accelerate.state import AcceleratorState
 
 
 def train(mixed_precision="no", norm=None, value=None, batches=trainers.STEPS, accumulate=1):

@@ -7,13 +7,11 @@ import doctest
 import importlib
 import io
 import pkgutil
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pages import blocks, compiled, needs_frameworks, run_blocks
 
 import gradclip_ext
 
@@ -21,7 +19,8 @@ ROOT = next(
     folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file()
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCED = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Their blocks are run where the frameworks are installed; see tests/frameworks.
+WITH_FRAMEWORKS = [page for page in PAGES if needs_frameworks(page)]
 
 # The drop-ins are documented by torch: only what is added to torch has an example.
 WITH_EXAMPLES = (
@@ -43,6 +42,8 @@ def public_modules() -> list[str]:
         module.name
         for module in pkgutil.walk_packages(gradclip_ext.__path__, "gradclip_ext.")
         if not any(part.startswith("_") for part in module.name.split(".")[1:])
+        # These need the frameworks.
+        and not module.name.startswith("gradclip_ext.integrations.")
     ]
     return ["gradclip_ext", *names]
 
@@ -65,43 +66,22 @@ def test_modules_are_found():
     )
 
 
-def blocks(page: Path) -> list[tuple[str, int, str]]:
-    """The kind, the line and the text of each Python block."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        (match[1], text.count("\n", 0, match.start(2)), match[2]) for match in FENCED.finditer(text)
-    ]
+def each(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def run_blocks(page: Path) -> Iterator[dict[str, Any]]:
-    """Runs a page from top to bottom in one namespace, which it yields after each block."""
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    for kind, line, text in blocks(page):
-        if kind == "python":
-            # Preceded by empty lines, so that tracebacks name the line of the page.
-            exec(compile("\n" * line + text, str(page), "exec"), names)
-        else:
-            run_session(page, line, text, names)
-        yield names
-
-
-def run_session(page: Path, line: int, text: str, names: dict[str, Any]) -> None:
-    """Runs an interactive session and compares each output."""
-    example = doctest.DocTestParser().get_doctest(text, names, page.name, str(page), line)
-    assert example.examples
-    report = io.StringIO()
-    # DocTest copies the names; what a session defines has to reach later blocks.
-    example.globs = names
-    result = doctest.DocTestRunner(verbose=False).run(example, out=report.write, clear_globs=False)
-    assert result.failed == 0, report.getvalue()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each([page for page in PAGES if page not in WITH_FRAMEWORKS])
 def test_examples_of_page(page):
     with contextlib.redirect_stdout(io.StringIO()):
         for _ in run_blocks(page):
             pass
+
+
+@each(WITH_FRAMEWORKS)
+def test_examples_of_frameworks_are_python(page):
+    for kind, line, text in blocks(page):
+        assert kind == "python"
+        compiled(page, line, text)
 
 
 def test_pages_without_examples():
