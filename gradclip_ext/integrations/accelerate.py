@@ -77,7 +77,9 @@ class GradClipping:
                 by DeepSpeed, Megatron-LM, XLA or FSDP 1; or this object is attached already.
         """
         kind = DistributedType(accelerator.distributed_type).name
-        if kind in _OWN_CLIPPING or (kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
+        if kind in _OWN_CLIPPING or (
+            kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)
+        ):
             raise ValueError(
                 f"{_FUNCTION}: {kind} keeps gradients where only its own clipping sees them; set "
                 "the largest norm there"

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from gradclip_ext.clipper import GradClipper
 from gradclip_ext.integrations._clipping import Clippers
-from gradclip_ext.integrations._versions import warn_if_untested
+from gradclip_ext.integrations._versions import is_older, warn_if_untested
 
 __all__ = ["GradClipping"]
 
@@ -25,13 +25,13 @@ _STATE = "clippers"
 _TENSOR, _DTYPE = "tensor", "dtype"
 
 
-class GradClipping(TrainerCallback, ExportableState):  # type: ignore[misc]
+class GradClipping(TrainerCallback, ExportableState):
     """Clips before each step of the Trainer's optimizer, and reports the norm of each parameter.
 
     ``TrainingArguments(max_grad_norm=0)`` is required, or the Trainer would clip as well; it then
     measures the norm, which it logs as ``grad_norm``, and unscales the gradients. Gradients are
-    clipped only in steps that are taken. The state of the clipper is saved in ``trainer_state.json``
-    of each checkpoint, and restored when the training is resumed.
+    clipped only in steps that are taken. The state of the clipper is saved in the
+    ``trainer_state.json`` of each checkpoint, and restored when the training is resumed.
 
     A step that ``nonfinite="skip"`` or ``skip_above`` skips has no gradients: they become None.
     With one of these two each step waits for the GPU.
@@ -45,8 +45,8 @@ class GradClipping(TrainerCallback, ExportableState):  # type: ignore[misc]
     Raises:
         TypeError: there is no such setting.
         ValueError: ``log`` is something else. When the training begins: ``max_grad_norm`` is not 0;
-            gradients are kept where only DeepSpeed or FSDP 1 sees them; or the checkpoint is that
-            of another training.
+            gradients are kept where only DeepSpeed or FSDP 1 sees them; the checkpoint is that of
+            another training; or the Trainer is so old that it would leave float16 gradients scaled.
     """
 
     def __init__(
@@ -98,6 +98,12 @@ class GradClipping(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"{_FUNCTION}: DeepSpeed keeps gradients where only its own clipping sees them; "
                 "set gradient_clipping in its configuration"
             )
+        if args.fp16 and is_older("transformers", transformers.__version__):
+            raise ValueError(
+                f"{_FUNCTION}: with max_grad_norm=0 the Trainer of transformers "
+                f"{transformers.__version__} does not unscale float16 gradients; use bf16=True or "
+                "a later version"
+            )
         self._clippers.pause()
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name)
@@ -113,7 +119,12 @@ class GradClipping(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._clippers.clip_(kwargs["optimizer"])
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Reports, beside what the Trainer logs of the training."""
         if self._handler is None or not self._clippers.logs or "loss" not in (logs or {}):

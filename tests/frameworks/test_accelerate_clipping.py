@@ -59,7 +59,7 @@ def test_it_clips_natively_once_a_step():
 
 def test_the_norm_is_returned_and_reported():
     clipping = GradClipping(0.5)
-    accelerator, model, optimizer = make(clipping)
+    accelerator, model, _ = make(clipping)
     inputs, targets = trainers.make_batches()[0]
     accelerator.backward(trainers.loss_of(model(inputs), targets))
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -196,9 +196,7 @@ def test_attached_twice():
     accelerator, model, optimizer = make(clipping)
     with pytest.raises(ValueError) as error:
         clipping.attach(accelerator, model, optimizer)
-    assert str(error.value) == (
-        "GradClipping: attached already; make another for each optimizer"
-    )
+    assert str(error.value) == ("GradClipping: attached already; make another for each optimizer")
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "XLA", "FSDP"])

@@ -84,8 +84,8 @@ class TestVersions:
                 warn_if_untested("module", name, pinned[name])
 
     def test_the_page_shows_them(self):
-        page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
-        rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d. to]+) \|", page, re.MULTILINE))
+        page = (ROOT / "docs/frameworks/README.md").read_text(encoding="utf-8")
+        rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d. to]+?) \|", page, re.MULTILINE))
         for name, (first, last) in TESTED.items():
             assert rows[name] == (first if first == last else f"{first} to {last}")
 

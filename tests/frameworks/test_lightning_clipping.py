@@ -359,7 +359,7 @@ class TestParametersThatChange:
 class TestCheckpoints:
     def saved(self, tmp_path):
         callback = GradClipping(AutoClip(percentile=50))
-        module, trainer = trained(callback, batches=3)
+        _, trainer = trained(callback, batches=3)
         path = tmp_path / "last.ckpt"
         trainer.save_checkpoint(path)
         return path, callback
@@ -401,9 +401,7 @@ class TestCheckpoints:
         callback.load_state_dict(state)
         with pytest.raises(ValueError) as error:
             trained(callback, Manual())
-        assert str(error.value) == (
-            "GradClipping: the state is that of 1 optimizers, expected 2"
-        )
+        assert str(error.value) == ("GradClipping: the state is that of 1 optimizers, expected 2")
 
     def test_of_another_rule(self, tmp_path):
         path, _ = self.saved(tmp_path)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import trainers
 from language_model import logged, make_data, make_language_model, make_trainer, train
-from transformers import TrainerCallback
+from transformers import TrainerCallback, __version__
 
 from gradclip_ext import AutoClip, GradClipper
+from gradclip_ext.integrations._versions import TESTED
 from gradclip_ext.integrations.transformers import GradClipping
 
 
@@ -115,16 +116,15 @@ class TestReporting:
         assert callback.clipper.report().steps == trainers.STEPS
 
 
-class TestCheckpoints:
-    OPTIONS = {"save_strategy": "steps", "save_steps": 3}
+SAVING = {"save_strategy": "steps", "save_steps": 3}
 
+
+class TestCheckpoints:
     def test_resumed_as_if_never_stopped(self, tmp_path):
         whole = GradClipping(AutoClip(percentile=50))
-        trainer, _ = trained(tmp_path, whole, **self.OPTIONS)
+        trainer, _ = trained(tmp_path, whole, **SAVING)
         callback = GradClipping(AutoClip(percentile=50))
-        resumed, _ = trained(
-            tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **self.OPTIONS
-        )
+        resumed, _ = trained(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), **SAVING)
         expected, found = whole.clipper.report(), callback.clipper.report()
         assert found.as_dict() == expected.as_dict() and found.steps == trainers.STEPS
         assert callback.clipper.state_dict()["rules"][0]["count"].item() == trainers.STEPS
@@ -132,7 +132,7 @@ class TestCheckpoints:
 
     def test_a_norm_that_is_not_finite_is_saved(self, tmp_path):
         callback = GradClipping(AutoClip())
-        trainer, _ = trained(tmp_path, callback, **self.OPTIONS)
+        trained(tmp_path, callback, **SAVING)
         state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
         saved = state["stateful_callbacks"]["GradClipping"]["attributes"]["clippers"]
         assert saved["clippers"][0]["steps"] == trainers.STEPS
@@ -141,16 +141,16 @@ class TestCheckpoints:
         assert history["dtype"] == "float64" and len(history["tensor"]) > trainers.STEPS
 
     def test_a_checkpoint_without_the_callback(self, tmp_path):
-        trained(tmp_path, Watching(), attach=False, **self.OPTIONS)
+        trained(tmp_path, Watching(), attach=False, **SAVING)
         callback = GradClipping(0.1)
         checkpoint = str(tmp_path / "checkpoint-3")
-        trained(tmp_path, callback, resume=checkpoint, **self.OPTIONS)
+        trained(tmp_path, callback, resume=checkpoint, **SAVING)
         assert callback.clipper.report().steps == 3
         saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
         assert "GradClipping" in saved["stateful_callbacks"]
 
     def test_of_another_rule(self, tmp_path):
-        trained(tmp_path, GradClipping(AutoClip()), **self.OPTIONS)
+        trained(tmp_path, GradClipping(AutoClip()), **SAVING)
         with pytest.raises(ValueError, match="that of other rules"):
             trained(tmp_path, GradClipping(0.1), resume=str(tmp_path / "checkpoint-3"))
 
@@ -202,6 +202,31 @@ def test_a_max_grad_norm_beside_it(tmp_path):
         "GradClipping: TrainingArguments(max_grad_norm=1.0) would clip the gradients once more; "
         "set max_grad_norm=0"
     )
+
+
+class TestArgumentsOfTheTrainer:
+    """Those that cannot be had on this machine, or with this version."""
+
+    def refused(self, tmp_path, **arguments):
+        trainer = make_trainer(tmp_path, max_grad_norm=0)
+        for name, value in arguments.items():
+            setattr(trainer.args, name, value)
+        with pytest.raises(ValueError) as error:
+            GradClipping(0.1).on_train_begin(trainer.args, trainer.state, trainer.control)
+        return str(error.value)
+
+    def test_deepspeed(self, tmp_path):
+        assert self.refused(tmp_path, deepspeed={"train_batch_size": 1}) == (
+            "GradClipping: DeepSpeed keeps gradients where only its own clipping sees them; set "
+            "gradient_clipping in its configuration"
+        )
+
+    def test_a_version_that_leaves_float16_gradients_scaled(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(TESTED, "transformers", ("99.0", "99.1"))
+        assert self.refused(tmp_path, fp16=True) == (
+            f"GradClipping: with max_grad_norm=0 the Trainer of transformers {__version__} does "
+            "not unscale float16 gradients; use bf16=True or a later version"
+        )
 
 
 def test_bad_arguments():

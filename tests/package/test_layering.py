@@ -142,6 +142,7 @@ PARTS = {
     },
     "distributed": {"_ops"},
     "functional": {"_arguments", "_ops"},
+    "integrations": {"clipper"},
     "norms": {"_arguments", "_names", "_ops", "_parameters"},
     "optim": {"_arguments", "_handover", "_measured", "_ops", "_owners", "_scaler"},
     "patch": {"functional"},
