@@ -7,8 +7,8 @@ import warnings
 
 __all__ = ["TESTED", "is_older", "warn_if_untested"]
 
-# The first and the last release, by their first two numbers. Each test run has the last ones, see
-# tests/frameworks/requirements.txt; docs/frameworks/README.md lists those that it was run with by hand.
+# The first and the last release, by their first two numbers. Each test run has the last ones, in
+# tests/frameworks/requirements.txt; docs/frameworks/README.md lists those that came before.
 TESTED = {
     "lightning": ("2.4", "2.6"),
     "pytorch-lightning": ("2.4", "2.6"),
