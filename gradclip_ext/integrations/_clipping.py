@@ -44,6 +44,8 @@ class Clippers:
             raise TypeError(f"{function}: {error}") from None
         if log not in LOGS:
             raise ValueError(f"{function}: log has to be one of {LOGS}, found {log!r}")
+        # Whether something was clipped that has not been reported.
+        self.has_news = False
         self.logs = log is not None
         self._function = function
         self._max_norm = max_norm
@@ -69,17 +71,18 @@ class Clippers:
     def start(self, model: torch.nn.Module, optimizers: Iterable[Any]) -> None:
         """Make the clippers, as they were when the state was saved that has been loaded.
 
-        A training that goes on with the same model goes on with the same clippers.
+        A training that goes on with the same model and parameters goes on with the same clippers.
         """
         _refuse_flat_shards(model, self._function)
-        if self._loaded is None and self._owned and self._model is model:
-            self._loaded = [clipper.state_dict() for clipper in self.clippers]
+        before = [clipper.state_dict() for clipper in self.clippers if self._model is model]
         self._model = model
         self._owned = [self._made(optimizer) for optimizer in optimizers]
         self._are_current = True
         if self._loaded is not None:
             states, self._loaded = self._loaded, None
             self._load(states)
+        elif _names(before) == _names([clipper.state_dict() for clipper in self.clippers]):
+            self._load(before)
 
     def clip_(self, optimizer: Any) -> Tensor | None:
         """Clip the gradients of an optimizer.
@@ -93,7 +96,7 @@ class Clippers:
             return None
         owned = self._of(optimizer)
         norm = owned.clipper.clip_()
-        owned.has_clipped = True
+        owned.has_clipped = self.has_news = True
         if self._skips(owned.clipper, norm):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -105,6 +108,7 @@ class Clippers:
 
         Those that have not clipped yet are left out.
         """
+        self.has_news = False
         result: dict[str, float] = {}
         for index, owned in enumerate(self._owned):
             if not owned.has_clipped:
@@ -193,22 +197,31 @@ class _Owned:
 
 
 class _NamedGroups:
-    """The parameter groups of an optimizer, as they are at any time, with the names of a model."""
+    """The parameter groups of an optimizer, as they are at any time, with the names of a model.
+
+    A group without parameters, as trainers make for those without weight decay, is left out.
+    """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module) -> None:
         self._optimizer = optimizer
         self._model = model
-        self._names: dict[Tensor, str | None] = {}
+        # By id, together with the parameter, so that no other gets its id.
+        self._named: dict[int, tuple[Tensor, str | None]] = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        groups = self._optimizer.param_groups
-        names = self._names
-        if any(parameter not in names for group in groups for parameter in group["params"]):
-            names = dict.fromkeys(p for group in groups for p in group["params"])
-            names.update((parameter, name) for name, parameter in self._model.named_parameters())
-            self._names = names
-        return [{**group, "param_names": [names[p] for p in group["params"]]} for group in groups]
+        groups = [group for group in self._optimizer.param_groups if group["params"]]
+        if any(id(p) not in self._named for group in groups for p in group["params"]):
+            self._named = {id(p): (p, None) for group in groups for p in group["params"]}
+            self._named.update((id(p), (p, name)) for name, p in self._model.named_parameters())
+        named = self._named
+        return [
+            {**group, "param_names": [named[id(p)][1] for p in group["params"]]} for group in groups
+        ]
+
+
+def _names(states: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [state["names"] for state in states]
 
 
 def _has_gradients(optimizer: Any) -> bool:

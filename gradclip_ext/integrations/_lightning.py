@@ -95,8 +95,10 @@ class LightningClipping:
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
         """Logs."""
+        if not (self._clippers.logs and self._clippers.has_news):
+            return
         # The only place that knows how Lightning counts steps in manual optimization.
-        if self._clippers.logs and trainer._logger_connector.should_update_logs:
+        if trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self._clippers.metrics(), on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from gradclip_ext.clipper import GradClipper
+from gradclip_ext.integrations._accelerator import own_clipping
 from gradclip_ext.integrations._clipping import Clippers
 from gradclip_ext.integrations._versions import warn_if_untested
 
@@ -21,8 +21,6 @@ warn_if_untested(__name__, "accelerate", accelerate.__version__)
 
 _FUNCTION = "GradClipping"
 _NAME = "clip_grad_norm_"
-# What Accelerate clips in other ways than by torch's function.
-_OWN_CLIPPING = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
 class GradClipping:
@@ -76,10 +74,8 @@ class GradClipping:
             ValueError: the gradients are kept where only the accelerator's own clipping sees them:
                 by DeepSpeed, Megatron-LM, XLA or FSDP 1; or this object is attached already.
         """
-        kind = DistributedType(accelerator.distributed_type).name
-        if kind in _OWN_CLIPPING or (
-            kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False)
-        ):
+        kind = own_clipping(accelerator)
+        if kind is not None:
             raise ValueError(
                 f"{_FUNCTION}: {kind} keeps gradients where only its own clipping sees them; set "
                 "the largest norm there"

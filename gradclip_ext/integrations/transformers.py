@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from accelerate.state import AcceleratorState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from gradclip_ext.clipper import GradClipper
+from gradclip_ext.integrations._accelerator import own_clipping
 from gradclip_ext.integrations._clipping import Clippers
 from gradclip_ext.integrations._versions import is_older, warn_if_untested
 
@@ -21,8 +24,6 @@ warn_if_untested(__name__, "transformers", transformers.__version__)
 
 _FUNCTION = "GradClipping"
 _STATE = "clippers"
-# A tensor in the JSON of a checkpoint.
-_TENSOR, _DTYPE = "tensor", "dtype"
 
 
 class GradClipping(TrainerCallback, ExportableState):
@@ -93,10 +94,11 @@ class GradClipping(TrainerCallback, ExportableState):
                 f"{_FUNCTION}: TrainingArguments(max_grad_norm={args.max_grad_norm!r}) would clip "
                 "the gradients once more; set max_grad_norm=0"
             )
-        if args.deepspeed:
+        kind = own_clipping(AcceleratorState())
+        if kind is not None:
             raise ValueError(
-                f"{_FUNCTION}: DeepSpeed keeps gradients where only its own clipping sees them; "
-                "set gradient_clipping in its configuration"
+                f"{_FUNCTION}: {kind} keeps gradients where only its own clipping sees them; "
+                "set max_grad_norm instead of adding this callback"
             )
         if args.fp16 and is_older("transformers", transformers.__version__):
             raise ValueError(
@@ -111,7 +113,7 @@ class GradClipping(TrainerCallback, ExportableState):
             # A checkpoint without this callback. The Trainer adds no entry when it saves.
             state.stateful_callbacks[name] = self.state()
         elif state.global_step > 0:
-            self._clippers.load_state_dict(_from_json(saved["attributes"][_STATE]))
+            self._clippers.load_state_dict(_unpacked(saved["attributes"][_STATE]))
         self._clippers.start(kwargs["model"], [kwargs["optimizer"]])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -137,8 +139,8 @@ class GradClipping(TrainerCallback, ExportableState):
                 callback.on_log(args, state, control, logs=dict(metrics), **kwargs)
 
     def state(self) -> dict[str, Any]:
-        """The state of the clipper as JSON, for ``trainer_state.json``."""
-        return {"args": {}, "attributes": {_STATE: _to_json(self._clippers.state_dict())}}
+        """The state of the clipper, for ``trainer_state.json``."""
+        return {"args": {}, "attributes": {_STATE: _packed(self._clippers.state_dict())}}
 
 
 def _refuse_replacement(args: Any) -> None:
@@ -150,21 +152,13 @@ def _refuse_replacement(args: Any) -> None:
         )
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {_TENSOR: value.tolist(), _DTYPE: str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    return value
+def _packed(state: Mapping[str, Any]) -> str:
+    """A state as text: JSON knows neither tensors nor NaN."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {_TENSOR, _DTYPE}:
-            return torch.tensor(value[_TENSOR], dtype=getattr(torch, value[_DTYPE]))
-        return {key: _from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    return value
+def _unpacked(text: str) -> Any:
+    buffer = io.BytesIO(base64.b64decode(text))
+    return torch.load(buffer, map_location="cpu", weights_only=True)

@@ -164,6 +164,13 @@ class TestLogging:
         logged = self.logged(GradClipping(0.5), **options)
         assert sorted(logged) == [0, 1]
 
+    def test_once_a_step_while_gradients_accumulate(self, monkeypatch):
+        read, report = [], GradClipper.report
+        monkeypatch.setattr(GradClipper, "report", lambda self: read.append(1) or report(self))
+        options = {"batches": 8, "accumulate_grad_batches": 4, "log_every_n_steps": 1}
+        trained(GradClipping(0.5), **options)
+        assert len(read) == 2
+
     @pytest.mark.parametrize("log, count", [("each", 12), ("summary", 6), (None, 0)])
     def test_how_much(self, log, count):
         logged = self.logged(GradClipping(0.5, prefix="g/", log=log), log_every_n_steps=1)
@@ -416,6 +423,35 @@ def test_a_training_that_goes_on_keeps_its_clippers():
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, data())
     assert callback.clippers[0].report().steps == 2 * trainers.STEPS
+
+
+def test_other_parameters_of_the_same_model_start_afresh():
+    class Part(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    module, callback = Part(), GradClipping(AutoClip())
+    module.model[0].requires_grad_(False)
+    trained(callback, module)
+    module.model[0].requires_grad_(True)
+    trained(callback, module)
+    assert callback.clippers[0].report().steps == trainers.STEPS
+    assert len(callback.clippers[0].report().names) == 6
+
+
+def test_two_of_them_are_refused_by_lightning():
+    with pytest.raises(RuntimeError, match="must be unique"):
+        make_trainer(GradClipping(0.5), GradClipping(0.1))
+
+
+def test_a_checkpoint_is_that_of_the_new_model_after_another_was_trained(tmp_path):
+    callback = GradClipping(AutoClip())
+    _, trainer = trained(callback, batches=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trained(callback, Manual())
+    resumed = make_trainer(callback, max_epochs=2)
+    resumed.fit(Module(), data(3), ckpt_path=tmp_path / "last.ckpt")
+    assert [clipper.report().steps for clipper in callback.clippers] == [6]
 
 
 def test_another_model_starts_afresh():

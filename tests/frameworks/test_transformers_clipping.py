@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 import trainers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from language_model import logged, make_data, make_language_model, make_trainer, train
 from transformers import TrainerCallback, __version__
 
@@ -130,15 +132,13 @@ class TestCheckpoints:
         assert callback.clipper.state_dict()["rules"][0]["count"].item() == trainers.STEPS
         assert logged(resumed, "loss") == logged(trainer, "loss")
 
-    def test_a_norm_that_is_not_finite_is_saved(self, tmp_path):
+    def test_it_is_json_although_a_history_holds_nan(self, tmp_path):
         callback = GradClipping(AutoClip())
         trained(tmp_path, callback, **SAVING)
-        state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-        saved = state["stateful_callbacks"]["GradClipping"]["attributes"]["clippers"]
-        assert saved["clippers"][0]["steps"] == trainers.STEPS
-        # Places of its history that are not taken yet.
-        history = saved["clippers"][0]["rules"][0]["history"]
-        assert history["dtype"] == "float64" and len(history["tensor"]) > trainers.STEPS
+        assert callback.clipper.state_dict()["rules"][0]["history"].isnan().any()
+        text = (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+        state = json.loads(text, parse_constant=pytest.fail)
+        assert "GradClipping" in state["stateful_callbacks"]
 
     def test_a_checkpoint_without_the_callback(self, tmp_path):
         trained(tmp_path, Watching(), attach=False, **SAVING)
@@ -186,6 +186,21 @@ def test_frozen_parameters(tmp_path):
     assert watching.clipped == pytest.approx([0.1] * 6, rel=1e-5)
 
 
+def test_a_group_without_parameters(tmp_path):
+    # The Trainer has one for parameters without weight decay, also where there are none.
+    model = make_language_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("attn.c_attn.weight"))
+    callback = GradClipping(0.1)
+    trainer, watching = trained(tmp_path, callback, model=model)
+    assert [] in [group["params"] for group in trainer.optimizer.param_groups]
+    assert watching.clipped == pytest.approx([0.1] * 6, rel=1e-5)
+    assert callback.clipper.report().names == (
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.1.attn.c_attn.weight",
+    )
+
+
 def test_a_step_that_is_skipped(tmp_path):
     model = make_language_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -207,23 +222,30 @@ def test_a_max_grad_norm_beside_it(tmp_path):
 class TestArgumentsOfTheTrainer:
     """Those that cannot be had on this machine, or with this version."""
 
-    def refused(self, tmp_path, **arguments):
-        trainer = make_trainer(tmp_path, max_grad_norm=0)
+    @pytest.fixture
+    def trainer(self, tmp_path):
+        return make_trainer(tmp_path, max_grad_norm=0)
+
+    def refused(self, trainer, **arguments):
         for name, value in arguments.items():
             setattr(trainer.args, name, value)
         with pytest.raises(ValueError) as error:
             GradClipping(0.1).on_train_begin(trainer.args, trainer.state, trainer.control)
         return str(error.value)
 
-    def test_deepspeed(self, tmp_path):
-        assert self.refused(tmp_path, deepspeed={"train_batch_size": 1}) == (
-            "GradClipping: DeepSpeed keeps gradients where only its own clipping sees them; set "
-            "gradient_clipping in its configuration"
+    @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+    def test_gradients_that_only_its_own_clipping_sees(self, trainer, monkeypatch, kind):
+        shared = PartialState._shared_state
+        monkeypatch.setitem(shared, "distributed_type", DistributedType[kind])
+        monkeypatch.setitem(shared, "is_fsdp2", False)
+        assert self.refused(trainer) == (
+            f"GradClipping: {kind} keeps gradients where only its own clipping sees them; set "
+            "max_grad_norm instead of adding this callback"
         )
 
-    def test_a_version_that_leaves_float16_gradients_scaled(self, tmp_path, monkeypatch):
+    def test_a_version_that_leaves_float16_gradients_scaled(self, trainer, monkeypatch):
         monkeypatch.setitem(TESTED, "transformers", ("99.0", "99.1"))
-        assert self.refused(tmp_path, fp16=True) == (
+        assert self.refused(trainer, fp16=True) == (
             f"GradClipping: with max_grad_norm=0 the Trainer of transformers {__version__} does "
             "not unscale float16 gradients; use bf16=True or a later version"
         )
