@@ -92,7 +92,7 @@ class Clippers:
         Returns:
             The norm, as :meth:`gradclip_ext.GradClipper.clip_`; None if there are no gradients.
         """
-        if not _has_gradients(optimizer):
+        if _is_idle(optimizer):
             return None
         owned = self._of(optimizer)
         norm = owned.clipper.clip_()
@@ -224,12 +224,21 @@ def _names(states: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [state["names"] for state in states]
 
 
-def _has_gradients(optimizer: Any) -> bool:
-    return any(
-        parameter.grad is not None
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+def _is_idle(optimizer: Any) -> bool:
+    """Whether there is nothing to clip, on any rank."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(parameter.grad is not None for parameter in parameters):
+        return False
+    # Another rank may have gradients of these, and would wait for this one.
+    return not any(_is_distributed(parameter) for parameter in parameters)
+
+
+def _is_distributed(parameter: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def _refuse_flat_shards(model: torch.nn.Module, function: str) -> None:

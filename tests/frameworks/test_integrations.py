@@ -13,7 +13,8 @@ import pytest
 import suites
 import torch
 import trainers
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from gradclip_ext.integrations._clipping import Clippers
 from gradclip_ext.integrations._versions import TESTED, warn_if_untested
@@ -90,22 +91,37 @@ class TestVersions:
             assert rows[name] == (first if first == last else f"{first} to {last}")
 
 
-def test_flat_shards_are_refused():
+@pytest.fixture
+def one_rank():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = FullyShardedDataParallel(
-            trainers.make_model(), device_id=torch.device("cpu"), use_orig_params=True
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(ValueError) as error:
-            Clippers("GradClipping", 1.0, {}, "gradients/", "each").start(model, [optimizer])
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_flat_shards_are_refused(one_rank):
+    model = FullyShardedDataParallel(
+        trainers.make_model(), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError) as error:
+        Clippers("GradClipping", 1.0, {}, "gradients/", "each").start(model, [optimizer])
     assert str(error.value) == (
         "GradClipping: the gradients of FullyShardedDataParallel are pieces of a flat one, of "
         "which only its own clip_grad_norm_ knows the norm; use FSDP2, torch's fully_shard"
     )
+
+
+def test_a_rank_without_gradients_takes_part(one_rank):
+    model = trainers.make_model()
+    clippers = Clippers("GradClipping", 1.0, {}, "gradients/", "each")
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    clippers.start(model, [plain])
+    assert clippers.clip_(plain) is None
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    sharded = torch.optim.SGD(model.parameters(), lr=0.1)
+    clippers.start(model, [sharded])
+    assert clippers.clip_(sharded).item() == 0.0
 
 
 def test_an_optimizer_that_is_made_later():

@@ -343,6 +343,20 @@ class TestParametersThatChange:
         assert min(report.norms) > 0.0
         assert module.clipped == pytest.approx([0.5] * 6, rel=1e-5)
 
+    def test_made_during_the_training(self):
+        class Growing(Module):
+            def on_train_batch_start(self, batch, index):
+                if index == 3:
+                    self.model.append(nn.Linear(1, 1))
+                    added = {"params": list(self.model[-1].parameters())}
+                    self.trainer.optimizers[0].add_param_group(added)
+
+        callback = GradClipping(0.5)
+        module, _ = trained(callback, Growing())
+        report = callback.clippers[0].report()
+        assert report.names[-2:] == ("model.4.weight", "model.4.bias")
+        assert module.clipped == pytest.approx([0.5] * 6, rel=1e-5)
+
     def test_groups_that_are_left_out(self):
         class Groups(Module):
             def configure_optimizers(self):
