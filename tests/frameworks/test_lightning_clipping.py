@@ -2,83 +2,17 @@
 
 from __future__ import annotations
 
-import lightning
 import pytest
 import pytorch_lightning
 import torch
 import trainers
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_model import Manual, Module, Recorder, data, make_trainer, trained
 from torch import nn
-from torch.utils.data import DataLoader
 
 from gradclip_ext import AutoClip, GradClipper
 from gradclip_ext.integrations.lightning import GradClipping
 from gradclip_ext.integrations.pytorch_lightning import GradClipping as OtherGradClipping
-
-
-class Module(lightning.LightningModule):
-    def __init__(self, **optimizer):
-        super().__init__()
-        self.model = trainers.make_model()
-        self.options = {"lr": 0.05, **optimizer}
-        self.losses = []
-        self.clipped = []
-
-    def training_step(self, batch, index):
-        inputs, targets = batch
-        loss = trainers.loss_of(self.model(inputs), targets)
-        self.losses.append(loss.item())
-        return loss
-
-    def on_before_optimizer_step(self, optimizer):
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.clipped.append(torch.nn.utils.get_total_norm(gradients).item())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), **self.options)
-
-
-class Recorder(Logger):
-    """A logger that keeps what it is given, by step."""
-
-    name, version = "recorder", 0
-
-    def __init__(self):
-        super().__init__()
-        self.steps = {}
-
-    def log_metrics(self, metrics, step):
-        self.steps.setdefault(step, {}).update(metrics)
-
-    def log_hyperparams(self, *arguments, **options):
-        pass
-
-
-def data(batches=trainers.STEPS):
-    return DataLoader(trainers.make_batches(batches), batch_size=None)
-
-
-def make_trainer(*callbacks, package=lightning, **options):
-    return package.Trainer(
-        **{
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **options,
-        },
-        callbacks=list(callbacks),
-    )
-
-
-def trained(callback, module=None, batches=trainers.STEPS, **options):
-    module = Module() if module is None else module
-    trainer = make_trainer(callback, **options)
-    trainer.fit(module, data(batches))
-    return module, trainer
 
 
 def losses_with_gradient_clip_val(**options):
@@ -182,37 +116,6 @@ class TestLogging:
         monkeypatch.setattr(GradClipper, "report", lambda self: read.append(1))
         trained(GradClipping(0.5), log_every_n_steps=100)
         assert not read
-
-
-class Manual(Module):
-    """Two optimizers, of which the second steps in every other batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.other = nn.Linear(trainers.SIZE, 1)
-
-    def training_step(self, batch, index):
-        inputs, targets = batch
-        first, second = self.optimizers()
-        first.zero_grad()
-        self.manual_backward(trainers.loss_of(self.model(inputs), targets))
-        first.step()
-        if index % 2:
-            second.zero_grad()
-            self.manual_backward(trainers.loss_of(self.other(inputs), targets))
-            second.step()
-
-    def on_before_optimizer_step(self, optimizer):
-        parameters = optimizer.param_groups[0]["params"]
-        gradients = [parameter.grad for parameter in parameters]
-        self.clipped.append(torch.nn.utils.get_total_norm(gradients).item())
-
-    def configure_optimizers(self):
-        return [
-            torch.optim.SGD(self.model.parameters(), lr=0.05),
-            torch.optim.SGD(self.other.parameters(), lr=0.05),
-        ]
 
 
 def test_manual_optimization_with_several_optimizers():
@@ -377,102 +280,9 @@ class TestParametersThatChange:
         )
 
 
-class TestCheckpoints:
-    def saved(self, tmp_path):
-        callback = GradClipping(AutoClip(percentile=50))
-        _, trainer = trained(callback, batches=3)
-        path = tmp_path / "last.ckpt"
-        trainer.save_checkpoint(path)
-        return path, callback
-
-    def test_resumed_as_if_never_stopped(self, tmp_path):
-        whole = GradClipping(AutoClip(percentile=50))
-        module, trainer = Module(), make_trainer(whole, max_epochs=2)
-        trainer.fit(module, data(3))
-        path, _ = self.saved(tmp_path)
-        callback, resumed = GradClipping(AutoClip(percentile=50)), Module()
-        make_trainer(callback, max_epochs=2).fit(resumed, data(3), ckpt_path=path)
-        expected, found = whole.clippers[0].report(), callback.clippers[0].report()
-        assert found.as_dict() == expected.as_dict() and found.steps == 6
-        assert resumed.losses == module.losses[3:]
-
-    def test_saved_before_the_first_step_of_a_resumed_training(self, tmp_path):
-        path, callback = self.saved(tmp_path)
-        state = torch.load(path, weights_only=True)["callbacks"]["GradClipping"]
-        again = GradClipping(AutoClip(percentile=50))
-        again.load_state_dict(state)
-        assert again.state_dict() is not state
-        (found,), (expected,) = again.state_dict()["clippers"], callback.state_dict()["clippers"]
-        assert found["steps"] == expected["steps"] == 3
-
-    def test_a_checkpoint_without_the_callback(self, tmp_path):
-        module, trainer = Module(), make_trainer()
-        trainer.fit(module, data(3))
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        callback = GradClipping(0.5)
-        make_trainer(callback, max_epochs=2).fit(
-            Module(), data(3), ckpt_path=tmp_path / "last.ckpt"
-        )
-        assert callback.clippers[0].report().steps == 3
-
-    def test_of_another_number_of_optimizers(self, tmp_path):
-        path, _ = self.saved(tmp_path)
-        state = torch.load(path, weights_only=True)["callbacks"]["GradClipping"]
-        callback = GradClipping(AutoClip(percentile=50))
-        callback.load_state_dict(state)
-        with pytest.raises(ValueError) as error:
-            trained(callback, Manual())
-        assert str(error.value) == ("GradClipping: the state is that of 1 optimizers, expected 2")
-
-    def test_of_another_rule(self, tmp_path):
-        path, _ = self.saved(tmp_path)
-        with pytest.raises(ValueError, match="that of other rules"):
-            trainer = make_trainer(GradClipping(1.0), max_epochs=2)
-            trainer.fit(Module(), data(3), ckpt_path=path)
-
-
-def test_a_training_that_goes_on_keeps_its_clippers():
-    callback = GradClipping(AutoClip())
-    module, trainer = trained(callback)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data())
-    assert callback.clippers[0].report().steps == 2 * trainers.STEPS
-
-
-def test_other_parameters_of_the_same_model_start_afresh():
-    class Part(Module):
-        def configure_optimizers(self):
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
-
-    module, callback = Part(), GradClipping(AutoClip())
-    module.model[0].requires_grad_(False)
-    trained(callback, module)
-    module.model[0].requires_grad_(True)
-    trained(callback, module)
-    assert callback.clippers[0].report().steps == trainers.STEPS
-    assert len(callback.clippers[0].report().names) == 6
-
-
 def test_two_of_them_are_refused_by_lightning():
     with pytest.raises(RuntimeError, match="must be unique"):
         make_trainer(GradClipping(0.5), GradClipping(0.1))
-
-
-def test_a_checkpoint_is_that_of_the_new_model_after_another_was_trained(tmp_path):
-    callback = GradClipping(AutoClip())
-    _, trainer = trained(callback, batches=3)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    trained(callback, Manual())
-    resumed = make_trainer(callback, max_epochs=2)
-    resumed.fit(Module(), data(3), ckpt_path=tmp_path / "last.ckpt")
-    assert [clipper.report().steps for clipper in callback.clippers] == [6]
-
-
-def test_another_model_starts_afresh():
-    callback = GradClipping(AutoClip())
-    trained(callback)
-    trained(callback, Manual())
-    assert [clipper.report().steps for clipper in callback.clippers] == [6, 3]
 
 
 def test_a_gradient_clip_val_beside_it():
