@@ -1,8 +1,8 @@
 """The operations on gradients: by the native engine, else by torch's own operations.
 
-This is the only place that knows of both. Unless a compiler is tracing, each operation offers its
-list to ``_C``, which takes it as a whole or returns None with nothing changed. What it declines
-goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
+This is the only place that knows of both. Each operation offers its list to ``_C``, or in a graph
+of a compiler to :mod:`.compiled`, which takes it as a whole or returns None with nothing changed.
+What is declined goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
 the arguments; here they are known to have the right types.
 
 An operation on ``parameters`` works on their ``.grad``, one on ``tensors`` on the tensors
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import fallback, fused, gradients, units
+from gradclip_ext._ops import compiled, fallback, fused, gradients, units
 from gradclip_ext._ops import weight_decay as by_hand
+from gradclip_ext._ops.compiled import outside_graphs
 from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
 from gradclip_ext._ops.observation import compiling
 from gradclip_ext._ops.scalars import (
@@ -69,6 +70,7 @@ __all__ = [
     "native_grad_norms",
     "native_grad_norms_of_each",
     "norm_coefficient",
+    "outside_graphs",
     "product",
     "project_",
     "quotient",
@@ -95,10 +97,10 @@ def clip_grad_norm_(
     """See :func:`gradclip_ext.clip_grad_norm_`."""
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
-    if not compiling():
-        norm = _C.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
-        if norm is not None:
-            return norm
+    native = compiled if compiling() else _C
+    norm = native.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
+    if norm is not None:
+        return norm
     return fallback.clip_grad_norm_(
         parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, caller
     )
@@ -113,10 +115,10 @@ def get_total_norm(
     caller: Caller,
 ) -> Tensor:
     """See :func:`gradclip_ext.get_total_norm`."""
-    if not compiling():
-        norm = _C.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
-        if norm is not None:
-            return norm
+    native = compiled if compiling() else _C
+    norm = native.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
+    if norm is not None:
+        return norm
     return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)
 
 
@@ -130,7 +132,8 @@ def clip_grads_with_norm_(
     """See :func:`gradclip_ext.clip_grads_with_norm_`."""
     max_norm = _known_max_norm(max_norm)
     total_norm = known(total_norm)
-    if compiling() or _C.clip_grads_with_norm_(parameters, max_norm, total_norm) is None:
+    native = compiled if compiling() else _C
+    if native.clip_grads_with_norm_(parameters, max_norm, total_norm) is None:
         fallback.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, caller)
 
 
@@ -138,7 +141,8 @@ def clip_grad_value_(
     parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
 ) -> None:
     """See :func:`gradclip_ext.clip_grad_value_`."""
-    if compiling() or _C.clip_grad_value_(parameters, clip_value) is None:
+    native = compiled if compiling() else _C
+    if native.clip_grad_value_(parameters, clip_value) is None:
         fallback.clip_grad_value_(parameters, clip_value, foreach, caller)
 
 
@@ -271,7 +275,8 @@ def decayed_grad_norms(
 
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
     """Project the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
-    return fallback.project_(parameters, max_norm, caller)
+    norm = compiled.project_(parameters, max_norm) if compiling() else None
+    return fallback.project_(parameters, max_norm, caller) if norm is None else norm
 
 
 def clip_units_(

@@ -23,6 +23,7 @@ __all__ = [
     "UnscaleGrads",
     "declares_to_read_flags",
     "device_has_foreach_support",
+    "disable_compiler",
     "dispatches_itself",
     "foreach_add_",
     "foreach_clamp_",
@@ -31,6 +32,9 @@ __all__ = [
     "has_foreach_support",
     "has_step_pre_hooks",
     "has_torch_step",
+    "is_exporting",
+    "is_implemented",
+    "is_in_transform",
     "is_wrapped",
     "is_zero_tensor",
     "looks_at_flags_itself",
@@ -77,6 +81,34 @@ def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether functorch holds another tensor in this one, as vmap and grad do."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_in_transform() -> bool:
+    """Whether a functorch transform such as vmap or grad is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# A compiler calls it while it traces. As torch.compiler.assume_constant_result does, which would
+# import the compiler. What is compiled is guarded by the transforms that are active.
+is_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; torch 2.6 does not tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def is_implemented(operator: Any, device_type: str) -> bool:
+    """Whether an operator of the dispatcher has an implementation for a type of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+def disable_compiler(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """``torch.compiler.disable``, which takes no reason in torch 2.6."""
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:
+        return torch.compiler.disable(function, reason=reason)
+    return torch.compiler.disable(function)
 
 
 def is_zero_tensor(tensor: torch.Tensor) -> bool:
