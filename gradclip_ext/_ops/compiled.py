@@ -57,7 +57,7 @@ def clip_grad_norm_(
     dtype: torch.dtype | None,
 ) -> Tensor | None:
     given, names = _grads(parameters)
-    if not _are_native(given, norm_type):
+    if not _are_native(given, norm_type, accept_complex=not error_if_nonfinite):
         return None
     exact = _measured(given, names, norm_type, error_if_nonfinite, dtype)
     _clip(given, max_norm, exact)
@@ -69,7 +69,7 @@ def get_total_norm(
     tensors: Sequence[Any], norm_type: float, error_if_nonfinite: bool, dtype: torch.dtype | None
 ) -> Tensor | None:
     given = list(tensors)
-    if not _are_native(given, norm_type):
+    if not _are_native(given, norm_type, accept_complex=not error_if_nonfinite):
         return None
     names = [f"tensors[{index}]" for index in range(len(given))]
     exact = _measured(given, names, norm_type, error_if_nonfinite, dtype)
@@ -115,7 +115,7 @@ def project_(parameters: Sequence[Any], max_norm: float) -> Tensor | None:
     norm = _TOTAL_NORM(given, 2.0, torch.float64)
     radius = _in_tensor(max_norm, norm.device)
     # A comparison, since a clamped quotient would be NaN for 0 / 0 and for a NaN norm.
-    _SCALE_(given, torch.where(norm > radius, radius / norm, 1.0))
+    _scale(given, torch.where(norm > radius, radius / norm, 1.0))
     return norm.to(torch_ops.norm_dtype(given))  # type: ignore[no-any-return]
 
 
@@ -185,7 +185,16 @@ def _clip(given: list[Tensor], max_norm: float | Tensor, norm: Tensor) -> None:
         if max_norm == math.inf:
             return
         max_norm = _in_tensor(max_norm, norm.device)
-    _SCALE_(given, torch_ops.clip_coefficient(max_norm.to(torch.float64), norm))
+    _scale(given, torch_ops.clip_coefficient(max_norm.to(torch.float64), norm))
+
+
+def _scale(given: list[Tensor], coefficient: Tensor) -> None:
+    real = [tensor for tensor in given if not tensor.is_complex()]
+    if real:
+        _SCALE_(real, coefficient)
+    # Inductor (torch 2.13) compiles no operator that is not torch's own and writes complex tensors.
+    if len(real) < len(given):
+        torch_ops.scale_([tensor for tensor in given if tensor.is_complex()], coefficient, None)
 
 
 def _in_tensor(number: float, device: torch.device) -> Tensor:
