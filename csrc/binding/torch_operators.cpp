@@ -104,7 +104,7 @@ at::Tensor measure(at::TensorList tensors, double norm_type, std::optional<at::S
   return *measured(tensors, norm_type, /*error_if_nonfinite=*/false, dtype);
 }
 
-at::Tensor measure_finite(at::TensorList tensors, double norm_type,
+at::Tensor measure_finite(const at::Tensor& /*written*/, at::TensorList tensors, double norm_type,
                           std::optional<at::ScalarType> dtype, at::ArrayRef<std::string> names) {
   TORCH_CHECK(names.size() == tensors.size(), "expected ", tensors.size(), " names, found ",
               names.size());
@@ -181,8 +181,8 @@ at::Tensor measure_nothing(at::TensorList tensors, double /*norm_type*/,
   return at::empty({}, tensors.front().options().dtype(at::kDouble));
 }
 
-at::Tensor measure_nothing_finite(at::TensorList tensors, double norm_type,
-                                  std::optional<at::ScalarType> dtype,
+at::Tensor measure_nothing_finite(const at::Tensor& /*written*/, at::TensorList tensors,
+                                  double norm_type, std::optional<at::ScalarType> dtype,
                                   at::ArrayRef<std::string> /*names*/) {
   return measure_nothing(tensors, norm_type, dtype);
 }
@@ -213,10 +213,10 @@ void register_torch_operators() {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
     library.def(
         "total_norm(Tensor[] tensors, float norm_type, ScalarType? dtype=None) -> Tensor", tags);
-    // A compiler may drop an operator that writes nothing, and with it the error.
+    // Writes nothing, but a compiler may drop an operator that says so, and with it the error.
     library.def(
-        "finite_total_norm_(Tensor(a!)[] tensors, float norm_type, ScalarType? dtype, str[] names)"
-        " -> Tensor",
+        "finite_total_norm_(Tensor(a!) written, Tensor[] tensors, float norm_type, "
+        "ScalarType? dtype, str[] names) -> Tensor",
         tags);
     library.def("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()", tags);
     library.def("clamp_(Tensor(a!)[] tensors, Tensor bound) -> ()", tags);

@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 _TOTAL_NORM = torch.ops.gradclip_ext.total_norm.default
-# Declared to write, since a compiler drops what neither writes nor is used, and here the error.
+# Declared to write its first argument, and does not: a compiler drops what neither writes nor is
+# used, and with it the error.
 _FINITE_TOTAL_NORM_ = torch.ops.gradclip_ext.finite_total_norm_.default
 _SCALE_ = torch.ops.gradclip_ext.scale_.default
 _CLAMP_ = torch.ops.gradclip_ext.clamp_.default
@@ -103,7 +104,7 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float) -> int | None
     given, _ = _grads(parameters)
     if not _are_native(given, 2.0, accept_complex=False) or given[0].device.type != "cpu":
         return None
-    _CLAMP_(given, _in_tensor(clip_value, given[0].device))
+    _write(_CLAMP_, given, _in_tensor(clip_value, given[0].device))
     return len(given)
 
 
@@ -176,7 +177,7 @@ def _measured(
         # Only the L2 norm can treat a complex number as two real ones.
         given = [t.to(torch.complex128).abs() if t.is_complex() else t for t in given]
     if error_if_nonfinite:
-        return _FINITE_TOTAL_NORM_(given, norm_type, dtype, names)  # type: ignore[no-any-return]
+        return _FINITE_TOTAL_NORM_(given[0], given, norm_type, dtype, names)  # type: ignore[no-any-return]
     return _TOTAL_NORM(given, norm_type, dtype)  # type: ignore[no-any-return]
 
 
@@ -189,12 +190,28 @@ def _clip(given: list[Tensor], max_norm: float | Tensor, norm: Tensor) -> None:
 
 
 def _scale(given: list[Tensor], coefficient: Tensor) -> None:
-    real = [tensor for tensor in given if not tensor.is_complex()]
-    if real:
-        _SCALE_(real, coefficient)
+    _write(_SCALE_, [tensor for tensor in given if not tensor.is_complex()], coefficient)
     # Inductor (torch 2.13) compiles no operator that is not torch's own and writes complex tensors.
-    if len(real) < len(given):
-        torch_ops.scale_([tensor for tensor in given if tensor.is_complex()], coefficient, None)
+    others = [tensor for tensor in given if tensor.is_complex()]
+    if others:
+        torch_ops.scale_(others, coefficient, None)
+
+
+def _write(operator: Any, tensors: list[Tensor], number: Tensor) -> None:
+    """Apply an operator to all tensors, in as few calls as need no copies."""
+    # Inductor copies what shares a storage with another tensor that the same call writes, and all
+    # that comes before it in the storage: of DDP's buckets, many times what they hold.
+    alone = [tensor for tensor in tensors if not _is_part(tensor)]
+    if alone:
+        operator(alone, number)
+    for tensor in tensors:
+        if _is_part(tensor):
+            operator([tensor], number)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a storage holds more than this tensor, perhaps other gradients."""
+    return tensor.untyped_storage().size() > tensor.numel() * tensor.element_size()
 
 
 def _in_tensor(number: float, device: torch.device) -> Tensor:
