@@ -18,13 +18,7 @@ from gradclip_ext._parameters import Collection
 from gradclip_ext._report import ClipReport
 from gradclip_ext._rules import Group, name_of, places_of, read_rules, require_length
 from gradclip_ext._step import POLICIES, Settings, Step
-from gradclip_ext.thresholds import (
-    AGC,
-    StatelessRule,
-    Threshold,
-    TimesLimit,
-    takes_numbers,
-)
+from gradclip_ext.thresholds import AGC, StatelessRule, Threshold, TimesLimit, takes_numbers
 
 __all__ = ["ClipReport", "GradClipper"]
 
@@ -149,6 +143,7 @@ class GradClipper:
         """The parameters, as collected last."""
         return list(self._collection.parameters)
 
+    @_ops.outside_graphs
     def clip_(self) -> Tensor:
         """Clip the gradients in place.
 
@@ -169,6 +164,7 @@ class GradClipper:
         self._count(step)
         return step.returned
 
+    @_ops.outside_graphs
     def step(
         self, optimizer: Optimizer | Sequence[Optimizer], scaler: GradScaler | None = None
     ) -> Tensor:
@@ -196,6 +192,7 @@ class GradClipper:
         together.take()
         return step.returned
 
+    @_ops.outside_graphs
     def report(self) -> ClipReport:
         """The statistics so far. Syncs with the GPU, so call it only as often as you log.
 
@@ -221,6 +218,7 @@ class GradClipper:
             skipped_steps=numbers["skipped_steps"],
         )
 
+    @_ops.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """Counters and the state of the rules, to save with those of model and optimizer.
 

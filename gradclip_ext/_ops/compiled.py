@@ -45,6 +45,10 @@ _DEVICE_TYPES = tuple(
     name for name in ("cpu", "cuda") if torch_private.is_implemented(_SCALE_, name)
 )
 
+# The functions that break a graph, by name, and the same once no compiler traces them.
+_OUTSIDE_GRAPHS: dict[str, Callable[..., Any]] = {}
+_DISABLED: dict[str, Callable[..., Any]] = {}
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -120,20 +124,30 @@ def project_(parameters: Sequence[Any], max_norm: float) -> Tensor | None:
     return norm.to(torch_ops.norm_dtype(given))  # type: ignore[no-any-return]
 
 
-def outside_graphs(reason: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Have a compiler break its graph at a function, which then runs as it does without one."""
+    name = f"{function.__module__}.{function.__qualname__}"  # type: ignore[attr-defined]
+    _OUTSIDE_GRAPHS[name] = function
 
-    def decorator(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        @functools.wraps(function)
-        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if compiling():
-                # Not before, since this imports the compiler.
-                return torch_private.disable_compiler(function, reason)(*args, **kwargs)
-            return function(*args, **kwargs)
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if compiling():
+            _disable_compiler()
+            return _DISABLED[name](*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
 
-        return wrapper
+    return wrapper
 
-    return decorator
+
+@torch_private.called_while_tracing
+def _disable_compiler() -> None:
+    """Fill ``_DISABLED``: not before a compiler traces, since this imports the compiler."""
+    for name, function in _OUTSIDE_GRAPHS.items():
+        reason = (
+            f"{name} decides in Python what to do, and calls the native engine by itself; "
+            "gradclip_ext.clip_grad_norm_ needs no graph break"
+        )
+        _DISABLED.setdefault(name, torch_private.disable_compiler(function, reason))
 
 
 def _grads(parameters: Sequence[Any]) -> tuple[list[Any], list[str]]:

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.optim.optimizer as optimizer_module
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "DeviceContext",
     "UnscaleGrads",
+    "called_while_tracing",
     "declares_to_read_flags",
     "device_has_foreach_support",
     "disable_compiler",
@@ -50,6 +51,8 @@ __all__ = [
     "unscale_with",
     "unscaling_undone_on_error",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def device_has_foreach_support(device: torch.device) -> bool:
@@ -83,14 +86,20 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def called_while_tracing(function: _Function) -> _Function:
+    """Have a compiler call a function while it traces, and take the result for a constant.
+
+    As ``torch.compiler.assume_constant_result`` does, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# A graph is guarded by the transforms that were active.
+@called_while_tracing
 def is_in_transform() -> bool:
     """Whether a functorch transform such as vmap or grad is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# A compiler calls it while it traces. As torch.compiler.assume_constant_result does, which would
-# import the compiler. What is compiled is guarded by the transforms that are active.
-is_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_exporting() -> bool:
@@ -104,11 +113,11 @@ def is_implemented(operator: Any, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
 
-def disable_compiler(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+def disable_compiler(function: _Function, reason: str) -> _Function:
     """``torch.compiler.disable``, which takes no reason in torch 2.6."""
     if "reason" in inspect.signature(torch.compiler.disable).parameters:
-        return torch.compiler.disable(function, reason=reason)
-    return torch.compiler.disable(function)
+        return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def is_zero_tensor(tensor: torch.Tensor) -> bool:
