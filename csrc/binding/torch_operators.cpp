@@ -84,10 +84,11 @@ std::string shape_of(const at::Tensor& tensor) {
 std::string nonfinite_text(at::TensorList tensors, double norm_type,
                            at::ArrayRef<std::string> names) {
   const std::string order = norm_type == INFINITY ? "inf" : norm_type == 1.0 ? "1.0" : "2.0";
-  std::string text = "The total norm of order " + order +
-                     " for gradients from `parameters` is non-finite, so it cannot be clipped. To "
-                     "disable this error and scale the gradients by the non-finite norm anyway, set "
-                     "`error_if_nonfinite=False`";
+  std::string text =
+      "The total norm of order " + order +
+      " for gradients from `parameters` is non-finite, so it cannot be clipped. To "
+      "disable this error and scale the gradients by the non-finite norm anyway, set "
+      "`error_if_nonfinite=False`";
   std::string first;
   int64_t count = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -211,8 +212,8 @@ void register_torch_operators() {
   static torch::Library definitions = [] {
     torch::Library library = MAKE_TORCH_LIBRARY(gradclip_ext);
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-    library.def(
-        "total_norm(Tensor[] tensors, float norm_type, ScalarType? dtype=None) -> Tensor", tags);
+    library.def("total_norm(Tensor[] tensors, float norm_type, ScalarType? dtype=None) -> Tensor",
+                tags);
     // Writes nothing, but a compiler may drop an operator that says so, and with it the error.
     library.def(
         "finite_total_norm_(Tensor(a!) written, Tensor[] tensors, float norm_type, "

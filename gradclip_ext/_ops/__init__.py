@@ -2,8 +2,8 @@
 
 This is the only place that knows of both. Each operation offers its list to ``_C``, or in a graph
 of a compiler to :mod:`.compiled`, which takes it as a whole or returns None with nothing changed.
-What is declined goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
-the arguments; here they are known to have the right types.
+What is declined goes to :mod:`.fallback`, which finds every error before the first write. The
+public modules check the arguments; here they are known to have the right types.
 
 An operation on ``parameters`` works on their ``.grad``, one on ``tensors`` on the tensors
 themselves; both are lists or tuples, whose elements are checked here. ``caller`` says how messages

@@ -132,7 +132,9 @@ def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if compiling():
-            _disable_compiler()
+            _fill_disabled()
+        # Also where no compiler traces, as after a graph break, but may start to with the function.
+        if _DISABLED:
             return _DISABLED[name](*args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)
 
@@ -140,7 +142,7 @@ def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @torch_private.called_while_tracing
-def _disable_compiler() -> None:
+def _fill_disabled() -> None:
     """Fill ``_DISABLED``: not before a compiler traces, since this imports the compiler."""
     for name, function in _OUTSIDE_GRAPHS.items():
         reason = (
