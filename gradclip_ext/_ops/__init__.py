@@ -98,7 +98,9 @@ def clip_grad_norm_(
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
     native = compiled if compiling() else _C
-    norm = native.clip_grad_norm_(parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype)
+    norm: Tensor | None = native.clip_grad_norm_(
+        parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
+    )
     if norm is not None:
         return norm
     return fallback.clip_grad_norm_(
@@ -116,7 +118,7 @@ def get_total_norm(
 ) -> Tensor:
     """See :func:`gradclip_ext.get_total_norm`."""
     native = compiled if compiling() else _C
-    norm = native.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
+    norm: Tensor | None = native.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
     if norm is not None:
         return norm
     return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)

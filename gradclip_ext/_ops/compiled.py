@@ -126,7 +126,7 @@ def project_(parameters: Sequence[Any], max_norm: float) -> Tensor | None:
 
 def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Have a compiler break its graph at a function, which then runs as it does without one."""
-    name = f"{function.__module__}.{function.__qualname__}"  # type: ignore[attr-defined]
+    name = f"{function.__module__}.{function.__qualname__}"
     _OUTSIDE_GRAPHS[name] = function
 
     @functools.wraps(function)

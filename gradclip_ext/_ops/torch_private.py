@@ -115,9 +115,10 @@ def is_implemented(operator: Any, device_type: str) -> bool:
 
 def disable_compiler(function: _Function, reason: str) -> _Function:
     """``torch.compiler.disable``, which takes no reason in torch 2.6."""
-    if "reason" in inspect.signature(torch.compiler.disable).parameters:
-        return torch.compiler.disable(function, reason=reason)  # type: ignore[no-any-return]
-    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    disable: Any = torch.compiler.disable
+    if "reason" in inspect.signature(disable).parameters:
+        return disable(function, reason=reason)  # type: ignore[no-any-return]
+    return disable(function)  # type: ignore[no-any-return]
 
 
 def is_zero_tensor(tensor: torch.Tensor) -> bool:

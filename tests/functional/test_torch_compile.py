@@ -224,7 +224,8 @@ class TestNonfinite:
         expected = self.raised(call, with_gradients)
         assert f"The first of 2 non-finite gradients (out of {len(with_gradients)})" in expected
         graphs = Graphs()
-        assert self.raised(graphs.compiled(call), with_gradients) == expected
+        # Torch 2.6 adds which node of the graph it was.
+        assert self.raised(graphs.compiled(call), with_gradients).startswith(expected)
         assert graphs.operators() == ["finite_total_norm_", "scale_"]
 
     def test_finite_gradients_whose_norm_is_not(self):
@@ -234,7 +235,7 @@ class TestNonfinite:
             return gradclip_ext.get_total_norm([p.grad for p in ps], error_if_nonfinite=True)
 
         expected = self.raised(call, parameters)
-        assert self.raised(Graphs().compiled(call), parameters) == expected
+        assert self.raised(Graphs().compiled(call), parameters).startswith(expected)
 
     def test_raised_where_nobody_uses_the_norm(self):
         def call(ps):
