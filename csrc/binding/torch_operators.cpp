@@ -115,17 +115,23 @@ at::Tensor measure_finite(const at::Tensor& /*written*/, at::TensorList tensors,
   return *norm;
 }
 
-// A float64 number that the engine of the device can use without a device sync.
+void require_number(const at::Tensor& tensor, c10::Device device) {
+  TORCH_CHECK(tensor.scalar_type() == at::kDouble && tensor.numel() == 1 &&
+                  (tensor.is_cpu() || tensor.device() == device),
+              "expected a float64 number on ", device, " or the CPU, found ", tensor.scalar_type(),
+              " of shape ", tensor.sizes(), " on ", tensor.device());
+}
+
+double value_of(const at::Tensor& on_cpu) { return *on_cpu.resolve_neg().const_data_ptr<double>(); }
+
+// For the engine of the device, which reads it without a device sync.
 Scalar scalar_from(const at::Tensor& number, c10::Device device) {
-  TORCH_CHECK(number.scalar_type() == at::kDouble && number.numel() == 1 &&
-                  (number.is_cpu() || number.device() == device),
-              "expected a float64 number on ", device, " or the CPU, found ", number.scalar_type(),
-              " of shape ", number.sizes(), " on ", number.device());
+  require_number(number, device);
   Scalar result;
   if (device.type() == kGpuDevice && number.device() == device) {
-    result.tensor = number;
+    result.tensor = number.resolve_neg();
   } else {
-    result.value = *number.const_data_ptr<double>();
+    result.value = value_of(number);
   }
   return result;
 }
@@ -162,16 +168,16 @@ void write_all(at::TensorList tensors, bool accept_complex, const Write& write) 
 void scale_all(at::TensorList tensors, const at::Tensor& coefficient) {
   require_one_device(tensors, /*accept_complex=*/true);
   const at::AutoDispatchBelowAutograd guard;
-  const Scalar scalar = scalar_from(coefficient.resolve_neg(), tensors.front().device());
+  const Scalar scalar = scalar_from(coefficient, tensors.front().device());
   write_all(tensors, /*accept_complex=*/true,
             [&](const TensorList& list) { scale_(list, scalar); });
 }
 
 void clamp_all(at::TensorList tensors, const at::Tensor& bound) {
   require_one_device(tensors, /*accept_complex=*/false);
-  TORCH_CHECK(bound.is_cpu(), "bound has to be on the CPU, found ", bound.device());
+  require_number(bound, c10::kCPU);
   const at::AutoDispatchBelowAutograd guard;
-  const double value = bound.item<double>();
+  const double value = value_of(bound);
   write_all(tensors, /*accept_complex=*/false,
             [&](const TensorList& list) { clamp_(list, value); });
 }
