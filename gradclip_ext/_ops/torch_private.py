@@ -103,8 +103,10 @@ def is_in_transform() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing; torch 2.6 does not tell."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    """Whether it is torch.export that traces; torch 2.6 tells only where it traces without Dynamo."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return not torch.compiler.is_dynamo_compiling()
 
 
 def is_implemented(operator: Any, device_type: str) -> bool:
