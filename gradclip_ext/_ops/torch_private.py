@@ -103,7 +103,7 @@ def is_in_transform() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether it is torch.export that traces; torch 2.6 tells only where it traces without Dynamo."""
+    """Whether it is torch.export that traces; torch 2.6 tells only if that is without Dynamo."""
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
     return not torch.compiler.is_dynamo_compiling()
