@@ -82,14 +82,16 @@ def transformer_engine() -> Implementation | None:
     return Implementation("transformer_engine", clip_norm, None)
 
 
-def compiled() -> Implementation:
-    """torch.compile of torch's functions, with an empty cache."""
+def compiled() -> list[Implementation]:
+    """torch.compile of torch's functions and of ours, with an empty cache."""
     torch._dynamo.reset()
-    return Implementation(
-        "torch.compile",
-        torch.compile(torch.nn.utils.clip_grad_norm_),
-        torch.compile(torch.nn.utils.clip_grad_value_),
-    )
+    functions = {"torch.compile": torch.nn.utils, "gradclip_ext, torch.compile": gradclip_ext}
+    return [
+        Implementation(
+            name, torch.compile(module.clip_grad_norm_), torch.compile(module.clip_grad_value_)
+        )
+        for name, module in functions.items()
+    ]
 
 
 def implementations(device: torch.device, with_compile: bool) -> list[Implementation]:
@@ -114,5 +116,5 @@ def implementations(device: torch.device, with_compile: bool) -> list[Implementa
     if device.type == "cuda":
         found += [apex(), transformer_engine()]
     if with_compile:
-        found.append(compiled())
+        found += compiled()
     return [implementation for implementation in found if implementation is not None]

@@ -17,6 +17,7 @@ from gradclip_ext._scaler import Unscaling, read_scaler, undone_on_error
 __all__ = ["unscale_and_clip_grad_norm_"]
 
 
+@_ops.outside_graphs
 def unscale_and_clip_grad_norm_(
     scaler: GradScaler,
     optimizer: Optimizer | Sequence[Optimizer],

@@ -19,13 +19,7 @@ from gradclip_ext._report import ClipReport, report_of
 from gradclip_ext._rules import Group, name_of, places_of, read_rules, require_length
 from gradclip_ext._settings import read_settings
 from gradclip_ext._step import Step, raise_together
-from gradclip_ext.thresholds import (
-    AGC,
-    StatelessRule,
-    Threshold,
-    TimesLimit,
-    takes_numbers,
-)
+from gradclip_ext.thresholds import AGC, StatelessRule, Threshold, TimesLimit, takes_numbers
 
 __all__ = ["ClipReport", "GradClipper"]
 
@@ -147,6 +141,7 @@ class GradClipper:
         """The parameters, as collected last."""
         return list(self._collection.parameters)
 
+    @_ops.outside_graphs
     def clip_(self) -> Tensor:
         """Clip the gradients in place.
 
@@ -167,6 +162,7 @@ class GradClipper:
         self._count(step)
         return step.returned
 
+    @_ops.outside_graphs
     def step(
         self, optimizer: Optimizer | Sequence[Optimizer], scaler: GradScaler | None = None
     ) -> Tensor:
@@ -194,6 +190,7 @@ class GradClipper:
         together.take()
         return step.returned
 
+    @_ops.outside_graphs
     def report(self) -> ClipReport:
         """The statistics so far. Syncs with the GPU, so call it only as often as you log.
 
@@ -206,6 +203,7 @@ class GradClipper:
         _ops.raise_unread(_FUNCTION)
         return report_of(self._last, self._read_counters())
 
+    @_ops.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """Counters and the state of the rules, to save with those of model and optimizer.
 

@@ -19,6 +19,7 @@ from gradclip_ext._scaler import Unscaling, read_scaler, refuse_closure, undone_
 __all__ = ["clip_and_step"]
 
 
+@_ops.outside_graphs
 def clip_and_step(
     optimizer: Optimizer | Sequence[Optimizer],
     max_norm: float | Tensor,

@@ -1,5 +1,6 @@
 // The table of _C.
 #include "binding/python_operations.h"
+#include "binding/torch_operators.h"
 #include "cpu/kernels.h"
 
 namespace gradclip::binding::python {
@@ -8,6 +9,7 @@ PYBIND11_MODULE(_C, m) {
   using py::arg;
   // Fail on an invalid GRADCLIP_CPU here, as an ImportError, rather than in the middle of a call.
   cpu::kernels();
+  register_torch_operators();
   m.doc() = "Native engine of gradclip_ext; see gradclip_ext.functional for the public functions.";
   m.def("clip_grad_norm_", &clip_grad_norm_, arg("parameters"), arg("max_norm"), arg("norm_type"),
         arg("error_if_nonfinite"), arg("dtype"));

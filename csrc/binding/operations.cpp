@@ -96,6 +96,14 @@ std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm kind,
              [&](const Engine& engine) { return engine.total_norm(tensors, request); });
 }
 
+std::optional<at::Tensor> total_norm(const TensorList& tensors, Norm kind, bool error_if_nonfinite,
+                                     std::optional<at::ScalarType> dtype) {
+  NormRequest request = request_of(tensors, kind, error_if_nonfinite, dtype);
+  request.result_dtype = at::kDouble;
+  return run("gradclip_ext::total_norm", Access::kRead, tensors,
+             [&](const Engine& engine) { return engine.total_norm(tensors, request); });
+}
+
 std::optional<int64_t> clip_grads_with_norm_(const TensorList& gradients, const Scalar& max_norm,
                                              const Scalar& total_norm) {
   return run("gradclip_ext::clip_grads_with_norm_", Access::kWrite, gradients,

@@ -27,6 +27,11 @@ std::optional<at::Tensor> get_total_norm(const TensorList& tensors, Norm kind,
                                          bool error_if_nonfinite,
                                          std::optional<at::ScalarType> dtype);
 
+// The norm before rounding: 0-dim, in float64, and as accurate as a result in `dtype` needs, by
+// default the dtype of get_total_norm. Declines as get_total_norm does.
+std::optional<at::Tensor> total_norm(const TensorList& tensors, Norm kind, bool error_if_nonfinite,
+                                     std::optional<at::ScalarType> dtype);
+
 // Returns how many gradients it took, as do the functions below.
 std::optional<int64_t> clip_grads_with_norm_(const TensorList& gradients, const Scalar& max_norm,
                                              const Scalar& total_norm);

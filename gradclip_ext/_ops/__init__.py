@@ -1,9 +1,9 @@
 """The operations on gradients: by the native engine, else by torch's own operations.
 
-This is the only place that knows of both. Unless a compiler is tracing, each operation offers its
-list to ``_C``, which takes it as a whole or returns None with nothing changed. What it declines
-goes to :mod:`.fallback`, which finds every error before the first write. The public modules check
-the arguments; here they are known to have the right types.
+This is the only place that knows of both. Each operation offers its list to ``_C``, or in a graph
+of a compiler to :mod:`.compiled`, which takes it as a whole or returns None with nothing changed.
+What is declined goes to :mod:`.fallback`, which finds every error before the first write. The
+public modules check the arguments; here they are known to have the right types.
 
 An operation on ``parameters`` works on their ``.grad``, one on ``tensors`` on the tensors
 themselves; both are lists or tuples, whose elements are checked here. ``caller`` says how messages
@@ -12,7 +12,6 @@ name the function and its list.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +20,17 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import fallback, fused, gradients, sharded, sharded_units, units
+from gradclip_ext._ops import (
+    compiled,
+    fallback,
+    fused,
+    gradients,
+    sharded,
+    sharded_units,
+    units,
+)
 from gradclip_ext._ops import weight_decay as by_hand
+from gradclip_ext._ops.compiled import outside_graphs
 from gradclip_ext._ops.declined import start_watching, stop_watching
 from gradclip_ext._ops.dtensor import any_in as are_distributed
 from gradclip_ext._ops.failures import raise_unread
@@ -45,6 +53,7 @@ from gradclip_ext._ops.scalars import (
     square_root,
 )
 from gradclip_ext._ops.sharded import global_norms
+from gradclip_ext._ops.together import raise_together
 from gradclip_ext._ops.torch_ops import NORM_EPSILON, promoted_dtype
 
 __all__ = [
@@ -79,6 +88,7 @@ __all__ = [
     "native_grad_norms",
     "native_grad_norms_of_each",
     "norm_coefficient",
+    "outside_graphs",
     "product",
     "project_",
     "quotient",
@@ -97,6 +107,10 @@ __all__ = [
     "stop_watching",
 ]
 
+# Ranks tell one another by what they read, in Python.
+_clip_over_ranks_ = outside_graphs(sharded.clip_grad_norm_)
+_measure_over_ranks = outside_graphs(sharded.get_total_norm)
+
 
 def clip_grad_norm_(
     parameters: Sequence[Any],
@@ -111,7 +125,13 @@ def clip_grad_norm_(
     """See :func:`gradclip_ext.clip_grad_norm_`."""
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
-    if not (groups or compiling()):
+    if groups:
+        norm: Tensor | None = None
+    elif compiling():
+        norm = compiled.clip_grad_norm_(
+            parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
+        )
+    else:
         try:
             norm = _C.clip_grad_norm_(
                 parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
@@ -120,10 +140,10 @@ def clip_grad_norm_(
             # What a `grad` property has raised.
             raise_together(error, parameters, None, caller, norm_type)
             raise
-        if norm is not None:
-            return norm
+    if norm is not None:
+        return norm
     if groups or are_distributed(parameters):
-        return sharded.clip_grad_norm_(
+        return _clip_over_ranks_(
             parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, groups, caller
         )
     return fallback.clip_grad_norm_(
@@ -141,12 +161,15 @@ def get_total_norm(
     groups: Sequence[Group] = (),
 ) -> Tensor:
     """See :func:`gradclip_ext.get_total_norm`."""
-    if not (groups or compiling()):
-        norm = _C.get_total_norm(tensors, norm_type, bool(error_if_nonfinite), dtype)
+    if not groups:
+        native = compiled if compiling() else _C
+        norm: Tensor | None = native.get_total_norm(
+            tensors, norm_type, bool(error_if_nonfinite), dtype
+        )
         if norm is not None:
             return norm
     if groups or are_distributed(tensors):
-        return sharded.get_total_norm(
+        return _measure_over_ranks(
             tensors, norm_type, error_if_nonfinite, foreach, dtype, groups, caller
         )
     return fallback.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach, dtype, caller)
@@ -162,7 +185,8 @@ def clip_grads_with_norm_(
     """See :func:`gradclip_ext.clip_grads_with_norm_`."""
     max_norm = _known_max_norm(max_norm)
     total_norm = known(total_norm)
-    if compiling() or _C.clip_grads_with_norm_(parameters, max_norm, total_norm) is None:
+    native = compiled if compiling() else _C
+    if native.clip_grads_with_norm_(parameters, max_norm, total_norm) is None:
         fallback.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach, caller)
 
 
@@ -170,7 +194,8 @@ def clip_grad_value_(
     parameters: Sequence[Any], clip_value: float, foreach: bool | None, caller: Caller
 ) -> None:
     """See :func:`gradclip_ext.clip_grad_value_`."""
-    if compiling() or _C.clip_grad_value_(parameters, clip_value) is None:
+    native = compiled if compiling() else _C
+    if native.clip_grad_value_(parameters, clip_value) is None:
         fallback.clip_grad_value_(parameters, clip_value, foreach, caller)
 
 
@@ -320,35 +345,8 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
     """Project the gradients onto the ball of radius ``max_norm``; see ``grad_clipping``."""
     if are_distributed(parameters):
         return sharded.project_(parameters, max_norm, caller)
-    return fallback.project_(parameters, max_norm, caller)
-
-
-def raise_together(
-    error: Exception,
-    tensors: Sequence[Any],
-    process_groups: Any,
-    caller: Caller,
-    norm_type: Any = 2.0,
-    sections: Sequence[int] | None = None,
-) -> None:
-    """Raise an error of an argument on all ranks, if others would wait for this one; else nothing.
-
-    The others cannot be reached over ``process_groups`` if that is what is wrong.
-
-    Args:
-        norm_type: what was passed, right or wrong.
-        sections: of :func:`global_norms` or the single one of :func:`grad_norms`, if the others
-            have called one of these.
-    """
-    groups: Sequence[Group] = ()
-    with contextlib.suppress(Exception):
-        groups = read_process_groups(process_groups, caller.function)
-    if not (groups or are_distributed(tensors)):
-        return
-    order = 2.0
-    with contextlib.suppress(Exception):
-        order = float(norm_type)
-    sharded.raise_together(error, tensors, groups, caller, order, sections)
+    norm = compiled.project_(parameters, max_norm) if compiling() else None
+    return fallback.project_(parameters, max_norm, caller) if norm is None else norm
 
 
 def clip_units_(

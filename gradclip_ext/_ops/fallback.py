@@ -9,7 +9,6 @@ found before the first gradient is written.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -202,9 +201,7 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
         # A comparison, since a clamped quotient would be NaN for 0 / 0 and for a NaN norm.
         coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
         gradients.scale_(coefficient, None)
-    # to_real() only for complex dtypes, because torch.compile cannot trace it.
-    dtype = functools.reduce(torch.promote_types, [gradient.dtype for gradient in given])
-    return norm.to(dtype.to_real() if dtype.is_complex else dtype)
+    return norm.to(torch_ops.norm_dtype(given))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _arguments
+from gradclip_ext._ops.compiled import outside_graphs
 
 __all__ = ["Group", "ShardGroup", "read_process_groups"]
 
@@ -66,6 +67,11 @@ def read_process_groups(process_groups: Any, function: str) -> tuple[Group, ...]
     if isinstance(process_groups, tuple) and all(isinstance(g, Group) for g in process_groups):
         # Read before.
         return process_groups
+    return _read_all(process_groups, function)
+
+
+@outside_graphs
+def _read_all(process_groups: Any, function: str) -> tuple[Group, ...]:
     is_sequence = isinstance(process_groups, Sequence) and not isinstance(process_groups, str)
     given = list(process_groups) if is_sequence else [process_groups]
     if not given:

@@ -20,6 +20,14 @@ from gradclip_ext._ops.observation import compiling, observed
 NORM_EPSILON = 1e-6
 
 
+# Not by to_real(), which torch.compile cannot trace.
+_REAL_DTYPES = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
 def total_norm(
     tensors: Sequence[Tensor],
     norm_type: float,
@@ -66,12 +74,13 @@ def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def promoted_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of the norm of tensors of these dtypes, of which there is at least one."""
-    return functools.reduce(torch.promote_types, [dtype.to_real() for dtype in dtypes])
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return _REAL_DTYPES.get(dtype, dtype)
 
 
 def widened_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or wider if it could not hold the tensor; complex for a complex tensor."""
-    return torch.promote_types(tensor.dtype, dtype.to_complex() if tensor.is_complex() else dtype)
+    return torch.promote_types(tensor.dtype, dtype)
 
 
 def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:

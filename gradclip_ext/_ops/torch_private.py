@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.optim.optimizer as optimizer_module
@@ -23,8 +23,10 @@ __all__ = [
     "DeviceContext",
     "UnscaleGrads",
     "all_reduce",
+    "called_while_tracing",
     "declares_to_read_flags",
     "device_has_foreach_support",
+    "disable_compiler",
     "dispatches_itself",
     "foreach_add_",
     "foreach_clamp_",
@@ -35,6 +37,9 @@ __all__ = [
     "has_step_pre_hooks",
     "has_torch_step",
     "is_capturing",
+    "is_exporting",
+    "is_implemented",
+    "is_in_transform",
     "is_wrapped",
     "is_zero_tensor",
     "local_tensor",
@@ -58,6 +63,7 @@ __all__ = [
 # What torch's own function calls. The function itself calls ours after gradclip_ext.patch(), which
 # leads back to here.
 get_total_norm: Callable[..., Tensor] = inspect.unwrap(_get_total_norm)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def device_has_foreach_support(device: torch.device) -> bool:
@@ -89,6 +95,43 @@ def foreach_clamp_(tensors: list[torch.Tensor], clip_value: float) -> None:
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether functorch holds another tensor in this one, as vmap and grad do."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def called_while_tracing(function: _Function) -> _Function:
+    """Have a compiler call a function while it traces, and take the result for a constant.
+
+    As ``torch.compiler.assume_constant_result`` does, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# A graph is guarded by the transforms that were active.
+@called_while_tracing
+def is_in_transform() -> bool:
+    """Whether a functorch transform such as vmap or grad is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_exporting() -> bool:
+    """Whether it is torch.export that traces; torch 2.6 tells only if that is without Dynamo."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return not torch.compiler.is_dynamo_compiling()
+
+
+def is_implemented(operator: Any, device_type: str) -> bool:
+    """Whether an operator of the dispatcher has an implementation for a type of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+def disable_compiler(function: _Function, reason: str) -> _Function:
+    """``torch.compiler.disable``, which takes no reason in torch 2.6."""
+    disable: Any = torch.compiler.disable
+    if "reason" in inspect.signature(disable).parameters:
+        return disable(function, reason=reason)  # type: ignore[no-any-return]
+    return disable(function)  # type: ignore[no-any-return]
 
 
 def is_zero_tensor(tensor: torch.Tensor) -> bool:
