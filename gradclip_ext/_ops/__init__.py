@@ -20,15 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import (
-    compiled,
-    fallback,
-    fused,
-    gradients,
-    sharded,
-    sharded_units,
-    units,
-)
+from gradclip_ext._ops import compiled, fallback, fused, gradients, sharded, sharded_units, units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.compiled import outside_graphs
 from gradclip_ext._ops.declined import start_watching, stop_watching
@@ -125,23 +117,18 @@ def clip_grad_norm_(
     """See :func:`gradclip_ext.clip_grad_norm_`."""
     if type(max_norm) is not float:
         max_norm = _known_max_norm(max_norm)
-    if groups:
-        norm: Tensor | None = None
-    elif compiling():
-        norm = compiled.clip_grad_norm_(
-            parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
-        )
-    else:
+    if not groups:
+        native = compiled if compiling() else _C
         try:
-            norm = _C.clip_grad_norm_(
+            norm: Tensor | None = native.clip_grad_norm_(
                 parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
             )
         except Exception as error:
             # What a `grad` property has raised.
             raise_together(error, parameters, None, caller, norm_type)
             raise
-    if norm is not None:
-        return norm
+        if norm is not None:
+            return norm
     if groups or are_distributed(parameters):
         return _clip_over_ranks_(
             parameters, max_norm, norm_type, error_if_nonfinite, foreach, dtype, groups, caller
