@@ -310,8 +310,7 @@ def _all_finite(norms: Tensor) -> bool:
 def _exchange_device(shares: Shares, groups: Sequence[Group]) -> torch.device:
     """Where vectors travel, with no copy from a GPU to the host."""
     function = shares.caller.function
-    own = {tensor.device.type for tensor in shares.tensors}
-    own |= set() if own else {"cpu"}
+    own = {device.type for device in shares.devices} or {"cpu"}
     wanted = {mesh.device_type for mesh in shares.meshes}
     for group in groups:
         both = [kind for kind in group.device_types if kind in (wanted or own)]
@@ -324,7 +323,7 @@ def _exchange_device(shares: Shares, groups: Sequence[Group]) -> torch.device:
             "such as init_device_mesh('cuda', ...)"
         )
     kind = wanted.pop() if wanted else next(iter(own))
-    first = [tensor.device for tensor in shares.tensors if tensor.device.type == kind]
+    first = [device for device in shares.devices if device.type == kind]
     if first:
         return first[0]
     index = torch.get_device_module(kind).current_device() if kind != "cpu" else None

@@ -100,6 +100,7 @@ class Shares:
 
     Attributes:
         shares: those of meshes that this rank is in, and of plain tensors.
+        tensors: what this rank holds of all gradients, share by share.
         meshes: all meshes that gradients and parameters of the list have, and this rank is in.
         error: what is to be raised once all ranks know, or None.
         is_outside: whether there are gradients of meshes that this rank is not in.
@@ -123,6 +124,7 @@ class Shares:
         self._meshes_of_parameters: dict[int, Any] = {}
         self._read()
         self.shares = self._sorted_out()
+        self.tensors = [tensor for share in self.shares for tensor in share.tensors]
         self._native: list[Tensor] | None = None
         self._fallback: list[Gradients] = []
 
@@ -131,41 +133,49 @@ class Shares:
         self.error = self.error or error
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """What this rank holds of all gradients, share by share."""
-        return [tensor for share in self.shares for tensor in share.tensors]
+    def devices(self) -> list[torch.device]:
+        """Those of :attr:`tensors`, each once."""
+        # What was measured natively is all on one.
+        tensors = self.tensors if self._native is None else self._native[:1]
+        return list(dict.fromkeys(tensor.device for tensor in tensors))
 
     def name(self, place: int) -> str:
         """What messages call a gradient."""
         return f"{self.caller.entry(place)}.grad" if self._reads_grads else self.caller.entry(place)
 
     def _read(self) -> None:
-        of_class: Any = dtensor.dtensor_type()
-        reads_grads, by_kind = self._reads_grads, self._by_kind
-        asks = any(self._predicates)
-        # This loop is what a DTensor costs the host: it takes the common case by itself.
-        for place, parameter in enumerate(self._parameters):
+        for place in self._read_in_bulk():
+            parameter = self._parameters[place]
             try:
-                gradient = parameter.grad if reads_grads else parameter
-                if type(gradient) is of_class and type(parameter) is of_class and not asks:
-                    spec = gradient._spec
-                    mesh = spec.mesh
-                    share = by_kind.get((id(mesh), *map(type, spec.placements)))
-                    if share is not None and parameter._spec.mesh is mesh:
-                        share.places.append(place)
-                        share.given.append(gradient)
-                        share.tensors.append(gradient._local_tensor)
-                        continue
-                self._add(place, parameter, gradient)
+                self._add(place, parameter, parameter.grad if self._reads_grads else parameter)
             except Exception as error:
                 # What the user's code has raised, or the lack of an attribute.
                 self.fail(error if isinstance(parameter, Tensor) else self._item_error(place))
                 if dtensor.is_dtensor(parameter):
                     self._note_mesh(parameter)
-        for share in by_kind.values():
+        for share in self._by_kind.values():
             # Those of collectives that are still to give them are of another type.
             if not set(map(type, share.tensors)) <= {Tensor}:
                 share.tensors = [dtensor.local(gradient) for gradient in share.given]
+
+    def _read_in_bulk(self) -> Sequence[int]:
+        """Take in the common case natively, and give the places of all other entries."""
+        of_class: Any = dtensor.dtensor_type()
+        if of_class is None or any(self._predicates):
+            return range(self.count)
+        kinds, others = _C.read_dtensors(self._parameters, self._reads_grads, of_class)
+        for places, gradients, local in kinds:
+            spec = gradients[0]._spec
+            if any(placement.is_partial() for placement in spec.placements):
+                others += places
+                continue
+            self._note_mesh(self._parameters[places[0]])
+            names = self._names_of(places[0], spec.placements)
+            share = self._share_of(spec, names, (False,) * len(self._groups))
+            share.places += places
+            share.given += gradients
+            share.tensors += local
+        return sorted(others)
 
     def _add(self, place: int, parameter: Any, gradient: Any) -> None:
         if not isinstance(parameter, Tensor):
@@ -182,24 +192,22 @@ class Shares:
         replicated = tuple(bool(ask and ask(parameter)) for ask in self._predicates)
         if dtensor.is_dtensor(gradient):
             spec: Any = gradient._spec  # type: ignore[attr-defined]
-            names = self._names_of(place, spec.placements)
-            key: tuple[Any, ...]
-            mesh: Mesh | None
-            if any(name in _PARTIAL_OPERATIONS for name in names) or any(self._predicates):
-                key = (id(spec.mesh), names, replicated)
-            else:
-                key = (id(spec.mesh), *map(type, spec.placements))
-            mesh = read_mesh(spec.mesh)
-            self.mesh_objects[id(spec.mesh)] = spec.mesh
+            share = self._share_of(spec, self._names_of(place, spec.placements), replicated)
         else:
-            key, mesh, names = (None, replicated), None, ()
             self.mesh_objects[0] = None
-        share = self._by_kind.get(key)
-        if share is None:
-            share = self._by_kind[key] = Share(mesh, names, replicated)
+            share = self._by_kind.setdefault((None, replicated), Share(None, (), replicated))
         share.places.append(place)
         share.given.append(gradient)
         share.tensors.append(dtensor.local(gradient))
+
+    def _share_of(self, spec: Any, names: tuple[str, ...], replicated: tuple[bool, ...]) -> Share:
+        """The share of a DTensor: of those on the same mesh, placed alike."""
+        key = (id(spec.mesh), names, replicated)
+        share = self._by_kind.get(key)
+        if share is None:
+            self.mesh_objects[id(spec.mesh)] = spec.mesh
+            share = self._by_kind[key] = Share(read_mesh(spec.mesh), names, replicated)
+        return share
 
     def _item_error(self, place: int) -> Exception:
         caller = self.caller
@@ -236,7 +244,7 @@ class Shares:
         """The shares that this rank takes part in, those of plain tensors placed on a mesh."""
         if not self.mesh_objects:
             self.mesh_objects = dict(self._meshes_of_parameters)
-        shares = list(self._by_kind.values())
+        shares = sorted(self._by_kind.values(), key=lambda share: share.places[0])
         meshes = [share.mesh for share in shares if share.mesh is not None]
         meshes += [read_mesh(mesh) for mesh in self._meshes_of_parameters.values()]
         self.meshes = [mesh for mesh in meshes if mesh.is_member]
