@@ -19,6 +19,7 @@ from gradclip_ext._ops.gradients import (
     require_storage,
 )
 from gradclip_ext._ops.meshes import Dimension, Mesh, read_mesh
+from gradclip_ext._ops.observation import observed
 from gradclip_ext._ops.process_groups import Group
 
 __all__ = ["Share", "Shares"]
@@ -281,6 +282,16 @@ class Shares:
             for dimension in mesh.dimensions
         )
 
+    def are_native(self) -> bool:
+        """Whether the native engine can write all of :attr:`tensors`, so that none is refused."""
+        tensors = self.tensors
+        return (
+            not observed()
+            and len(self.devices) == 1
+            and all(map(_C.is_native, tensors))
+            and all(map(_C.is_flat, tensors))
+        )
+
     def norms(
         self, norm_type: float, dtype: torch.dtype | None, foreach: bool | None, writes: bool
     ) -> Tensor:
@@ -341,9 +352,17 @@ class Shares:
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
         """Multiply what this rank holds by a 0-dim tensor, once :meth:`norms` has looked at it."""
         if self._native is not None:
-            _C.scale_tensors_(self._native, _number(coefficient, self._native[0]))
+            self.scale_native_(coefficient)
         for gradients in self._fallback:
             gradients.scale_(coefficient, foreach)
+            self.bump_versions()
+
+    def scale_native_(self, coefficient: float | Tensor) -> None:
+        """The same once :meth:`are_native` has said so; by a number or a 0-dim tensor."""
+        if isinstance(coefficient, Tensor):
+            device = self.tensors[0].device
+            coefficient = coefficient.item() if device.type == "cpu" else coefficient.to(device)
+        _C.scale_tensors_(self.tensors, coefficient)
         self.bump_versions()
 
     def bump_versions(self, of_parts: bool = False) -> None:
@@ -362,9 +381,3 @@ def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
         return gradients.total_norm(norm_type, None, torch.float64)[0]
     # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
     return torch_ops.tensor_norm(gradients.fallback[0], norm_type)
-
-
-def _number(coefficient: Tensor, tensor: Tensor) -> Any:
-    if tensor.device.type == "cpu":
-        return coefficient.item()
-    return coefficient.to(tensor.device)
