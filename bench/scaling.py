@@ -9,7 +9,8 @@ distributed.py. The rest is a model. A call costs
     fixed + each * parameters + the sum over its collectives of (launch + wire)
 
 where fixed and each are fitted to the calls on one rank, and launch is what a collective adds on
-two ranks, gloo's own latency included, which is more than what the host spends on one. The wire
+two ranks. On cores that several processes share most of that is waiting for gloo and the other one,
+so it is more than the host spends on a launch, and `--launch` replaces it. The wire
 time of an all-reduce of b bytes over n ranks on m nodes is
 
     base + 2 ((n / m - 1) nvlink + log2(m) network) + 2 b / bandwidth
@@ -263,10 +264,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", choices=("quiet", "clip"), default="clip")
     for name, value in WIRE.items():
         parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument(
+        "--launch", type=float, help="microseconds for each collective, instead of the measured"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; the plot is put beside it")
     options = parser.parse_args(arguments)
     measured = loads(options.report.read_text())
     hosts = {way: host_of(measured, way, options.kind) for way in TITLES}
+    if options.launch is not None:
+        hosts = {way: host._replace(launch=options.launch) for way, host in hosts.items()}
     constants = {name: getattr(options, name) for name in WIRE}
     rows = simulated(hosts, constants)
     report = {
