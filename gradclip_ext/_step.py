@@ -237,6 +237,11 @@ class Step:
             settings.process_groups,
             _ops.Caller("GradClipper", names=self.names),
             prepare=lambda: self._require_writable(groups),
+            only_scales=(
+                settings.weight_decay == 0.0
+                and settings.clip_value is None
+                and not any(isinstance(group.rule, AGC) for group in groups)
+            ),
             weight_decay=settings.weight_decay,
             refuses_nonfinite=settings.nonfinite == "raise",
         )

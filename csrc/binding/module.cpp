@@ -1,4 +1,5 @@
 // The table of _C.
+#include "binding/dtensors.h"
 #include "binding/python_operations.h"
 #include "binding/torch_operators.h"
 #include "cpu/kernels.h"
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("clamp_tensors_", &clamp_tensors_, arg("tensors"), arg("clip_value"));
   m.def("hold_exactly", &hold_exactly, arg("containers"), arg("expected"));
   m.def("holds_twice", &holds_twice, arg("sequence"));
+  m.def("read_dtensors", &read_dtensors, arg("items"), arg("reads_grads"), arg("dtensor_type"));
   m.def("is_native", &is_native, arg("tensor"));
   m.def("is_flat", &is_flat, arg("tensor"));
   m.def("known_number", &known_number, arg("tensor"));

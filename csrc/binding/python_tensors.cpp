@@ -26,6 +26,12 @@ class Reference {
   PyObject* object_;
 };
 
+// Whether its class has operations of its own, as DTensor has. Nothing of a list with such a tensor
+// is native, so the first one ends the search.
+bool dispatches_itself(PyObject* tensor) {
+  return THPVariable_Unpack(tensor).key_set().has(c10::DispatchKey::Python);
+}
+
 // Through Python: a subclass may define its own `grad`, and torch warns about that of a non-leaf
 // tensor. That may drop the gradients read so far, or the parameter.
 bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
@@ -37,9 +43,9 @@ bool add_grad_attribute(PyObject* parameter, TensorList* tensors) {
   if (grad.get() == Py_None) {
     tensors->skip();
     // A parameter that is distributed over ranks takes part in what they exchange even so.
-    return !THPVariable_Unpack(parameter).key_set().has(c10::DispatchKey::Python);
+    return !dispatches_itself(parameter);
   }
-  if (!THPVariable_Check(grad.get())) return false;
+  if (!THPVariable_Check(grad.get()) || dispatches_itself(grad.get())) return false;
   tensors->add(THPVariable_Unpack(grad.get()));
   tensors->hold();
   return true;
@@ -50,6 +56,7 @@ bool add(PyObject* item, Read read, TensorList* tensors) {
     if (!THPVariable_Check(item)) return false;
     if (read == Read::kParametersWithGrads) return false;
     if (read == Read::kGrads) return add_grad_attribute(item, tensors);
+    if (dispatches_itself(item)) return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(item);
   if (read == Read::kParametersWithGrads) {

@@ -280,8 +280,12 @@ def shared_memory(parameters: Sequence[Any]) -> str | None:
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
     """Multiply every gradient by a number, or by a 0-dim tensor without a device sync."""
-    if compiling() or _C.scale_(parameters, coefficient) is None:
-        fallback.scale_(parameters, coefficient, caller)
+    if not compiling():
+        if _C.scale_(parameters, coefficient) is not None:
+            return
+        if are_distributed(parameters) and sharded.scale_native_(parameters, coefficient, caller):
+            return
+    fallback.scale_(parameters, coefficient, caller)
 
 
 def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller) -> None:

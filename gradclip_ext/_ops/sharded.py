@@ -40,6 +40,7 @@ __all__ = [
     "measured",
     "project_",
     "raise_together",
+    "scale_native_",
     "smallest_over_ranks",
 ]
 
@@ -175,6 +176,7 @@ def global_norms(
     caller: Caller,
     *,
     prepare: Callable[[], None],
+    only_scales: bool,
     weight_decay: float,
     refuses_nonfinite: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -183,6 +185,8 @@ def global_norms(
     Args:
         sections: how long each of the lists is.
         prepare: raises what is wrong with this rank's gradients beside what is looked at here.
+        only_scales: whether the gradients are going to be multiplied and nothing else, of which
+            nothing can be wrong where all of them are native.
         weight_decay: the norms are those after this was added, with nothing written yet.
         refuses_nonfinite: raise where the norm of a list is NaN or infinite.
 
@@ -193,7 +197,8 @@ def global_norms(
     shares = Shares(parameters, True, groups, caller)
 
     def measures() -> Tensor:
-        prepare()
+        if not (only_scales and shares.are_native()):
+            prepare()
         norms = shares.norms(norm_type, None, None, False)
         return shares.decayed_norms(norm_type, weight_decay) if weight_decay > 0.0 else norms
 
@@ -210,6 +215,18 @@ def global_norms(
         )
     device = _device(shares, norms.totals)
     return list(norms.totals.to(device).unbind()), norms.each.to(device), norms.failed
+
+
+@torch.no_grad()
+def scale_native_(
+    parameters: Sequence[Any], coefficient: float | Tensor, caller: Caller
+) -> Shares | None:
+    """Multiply what this rank holds; None, with nothing changed, unless all of it is native."""
+    shares = Shares(parameters, True, (), caller)
+    if shares.error is not None or shares.is_outside or not shares.are_native():
+        return None
+    shares.scale_native_(coefficient)
+    return shares
 
 
 @torch.no_grad()
@@ -310,8 +327,7 @@ def _all_finite(norms: Tensor) -> bool:
 def _exchange_device(shares: Shares, groups: Sequence[Group]) -> torch.device:
     """Where vectors travel, with no copy from a GPU to the host."""
     function = shares.caller.function
-    own = {tensor.device.type for tensor in shares.tensors}
-    own |= set() if own else {"cpu"}
+    own = {device.type for device in shares.devices} or {"cpu"}
     wanted = {mesh.device_type for mesh in shares.meshes}
     for group in groups:
         both = [kind for kind in group.device_types if kind in (wanted or own)]
@@ -324,7 +340,7 @@ def _exchange_device(shares: Shares, groups: Sequence[Group]) -> torch.device:
             "such as init_device_mesh('cuda', ...)"
         )
     kind = wanted.pop() if wanted else next(iter(own))
-    first = [tensor.device for tensor in shares.tensors if tensor.device.type == kind]
+    first = [device for device in shares.devices if device.type == kind]
     if first:
         return first[0]
     index = torch.get_device_module(kind).current_device() if kind != "cpu" else None

@@ -19,6 +19,7 @@ from gradclip_ext._ops.gradients import (
     require_storage,
 )
 from gradclip_ext._ops.meshes import Dimension, Mesh, read_mesh
+from gradclip_ext._ops.observation import observed
 from gradclip_ext._ops.process_groups import Group
 
 __all__ = ["Share", "Shares"]
@@ -100,6 +101,7 @@ class Shares:
 
     Attributes:
         shares: those of meshes that this rank is in, and of plain tensors.
+        tensors: what this rank holds of all gradients, share by share.
         meshes: all meshes that gradients and parameters of the list have, and this rank is in.
         error: what is to be raised once all ranks know, or None.
         is_outside: whether there are gradients of meshes that this rank is not in.
@@ -123,6 +125,7 @@ class Shares:
         self._meshes_of_parameters: dict[int, Any] = {}
         self._read()
         self.shares = self._sorted_out()
+        self.tensors = [tensor for share in self.shares for tensor in share.tensors]
         self._native: list[Tensor] | None = None
         self._fallback: list[Gradients] = []
 
@@ -131,41 +134,49 @@ class Shares:
         self.error = self.error or error
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """What this rank holds of all gradients, share by share."""
-        return [tensor for share in self.shares for tensor in share.tensors]
+    def devices(self) -> list[torch.device]:
+        """Those of :attr:`tensors`, each once."""
+        # What was measured natively is all on one.
+        tensors = self.tensors if self._native is None else self._native[:1]
+        return list(dict.fromkeys(tensor.device for tensor in tensors))
 
     def name(self, place: int) -> str:
         """What messages call a gradient."""
         return f"{self.caller.entry(place)}.grad" if self._reads_grads else self.caller.entry(place)
 
     def _read(self) -> None:
-        of_class: Any = dtensor.dtensor_type()
-        reads_grads, by_kind = self._reads_grads, self._by_kind
-        asks = any(self._predicates)
-        # This loop is what a DTensor costs the host: it takes the common case by itself.
-        for place, parameter in enumerate(self._parameters):
+        for place in self._read_in_bulk():
+            parameter = self._parameters[place]
             try:
-                gradient = parameter.grad if reads_grads else parameter
-                if type(gradient) is of_class and type(parameter) is of_class and not asks:
-                    spec = gradient._spec
-                    mesh = spec.mesh
-                    share = by_kind.get((id(mesh), *map(type, spec.placements)))
-                    if share is not None and parameter._spec.mesh is mesh:
-                        share.places.append(place)
-                        share.given.append(gradient)
-                        share.tensors.append(gradient._local_tensor)
-                        continue
-                self._add(place, parameter, gradient)
+                self._add(place, parameter, parameter.grad if self._reads_grads else parameter)
             except Exception as error:
                 # What the user's code has raised, or the lack of an attribute.
                 self.fail(error if isinstance(parameter, Tensor) else self._item_error(place))
                 if dtensor.is_dtensor(parameter):
                     self._note_mesh(parameter)
-        for share in by_kind.values():
+        for share in self._by_kind.values():
             # Those of collectives that are still to give them are of another type.
             if not set(map(type, share.tensors)) <= {Tensor}:
                 share.tensors = [dtensor.local(gradient) for gradient in share.given]
+
+    def _read_in_bulk(self) -> Sequence[int]:
+        """Take in the common case natively, and give the places of all other entries."""
+        of_class: Any = dtensor.dtensor_type()
+        if of_class is None or any(self._predicates):
+            return range(self.count)
+        kinds, others = _C.read_dtensors(self._parameters, self._reads_grads, of_class)
+        for places, gradients, local in kinds:
+            spec = gradients[0]._spec
+            if any(placement.is_partial() for placement in spec.placements):
+                others += places
+                continue
+            self._note_mesh(self._parameters[places[0]])
+            names = self._names_of(places[0], spec.placements)
+            share = self._share_of(spec, names, (False,) * len(self._groups))
+            share.places += places
+            share.given += gradients
+            share.tensors += local
+        return sorted(others)
 
     def _add(self, place: int, parameter: Any, gradient: Any) -> None:
         if not isinstance(parameter, Tensor):
@@ -182,24 +193,22 @@ class Shares:
         replicated = tuple(bool(ask and ask(parameter)) for ask in self._predicates)
         if dtensor.is_dtensor(gradient):
             spec: Any = gradient._spec  # type: ignore[attr-defined]
-            names = self._names_of(place, spec.placements)
-            key: tuple[Any, ...]
-            mesh: Mesh | None
-            if any(name in _PARTIAL_OPERATIONS for name in names) or any(self._predicates):
-                key = (id(spec.mesh), names, replicated)
-            else:
-                key = (id(spec.mesh), *map(type, spec.placements))
-            mesh = read_mesh(spec.mesh)
-            self.mesh_objects[id(spec.mesh)] = spec.mesh
+            share = self._share_of(spec, self._names_of(place, spec.placements), replicated)
         else:
-            key, mesh, names = (None, replicated), None, ()
             self.mesh_objects[0] = None
-        share = self._by_kind.get(key)
-        if share is None:
-            share = self._by_kind[key] = Share(mesh, names, replicated)
+            share = self._by_kind.setdefault((None, replicated), Share(None, (), replicated))
         share.places.append(place)
         share.given.append(gradient)
         share.tensors.append(dtensor.local(gradient))
+
+    def _share_of(self, spec: Any, names: tuple[str, ...], replicated: tuple[bool, ...]) -> Share:
+        """The share of a DTensor: of those on the same mesh, placed alike."""
+        key = (id(spec.mesh), names, replicated)
+        share = self._by_kind.get(key)
+        if share is None:
+            self.mesh_objects[id(spec.mesh)] = spec.mesh
+            share = self._by_kind[key] = Share(read_mesh(spec.mesh), names, replicated)
+        return share
 
     def _item_error(self, place: int) -> Exception:
         caller = self.caller
@@ -236,7 +245,7 @@ class Shares:
         """The shares that this rank takes part in, those of plain tensors placed on a mesh."""
         if not self.mesh_objects:
             self.mesh_objects = dict(self._meshes_of_parameters)
-        shares = list(self._by_kind.values())
+        shares = sorted(self._by_kind.values(), key=lambda share: share.places[0])
         meshes = [share.mesh for share in shares if share.mesh is not None]
         meshes += [read_mesh(mesh) for mesh in self._meshes_of_parameters.values()]
         self.meshes = [mesh for mesh in meshes if mesh.is_member]
@@ -271,6 +280,16 @@ class Shares:
             if dimension and any(set(dimension.ranks) <= part for part in parts)
             else "replicate"
             for dimension in mesh.dimensions
+        )
+
+    def are_native(self) -> bool:
+        """Whether the native engine can write all of :attr:`tensors`, so that none is refused."""
+        tensors = self.tensors
+        return (
+            not observed()
+            and len(self.devices) == 1
+            and all(map(_C.is_native, tensors))
+            and all(map(_C.is_flat, tensors))
         )
 
     def norms(
@@ -333,9 +352,17 @@ class Shares:
     def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
         """Multiply what this rank holds by a 0-dim tensor, once :meth:`norms` has looked at it."""
         if self._native is not None:
-            _C.scale_tensors_(self._native, _number(coefficient, self._native[0]))
+            self.scale_native_(coefficient)
         for gradients in self._fallback:
             gradients.scale_(coefficient, foreach)
+            self.bump_versions()
+
+    def scale_native_(self, coefficient: float | Tensor) -> None:
+        """The same once :meth:`are_native` has said so; by a number or a 0-dim tensor."""
+        if isinstance(coefficient, Tensor):
+            device = self.tensors[0].device
+            coefficient = coefficient.item() if device.type == "cpu" else coefficient.to(device)
+        _C.scale_tensors_(self.tensors, coefficient)
         self.bump_versions()
 
     def bump_versions(self, of_parts: bool = False) -> None:
@@ -354,9 +381,3 @@ def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
         return gradients.total_norm(norm_type, None, torch.float64)[0]
     # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
     return torch_ops.tensor_norm(gradients.fallback[0], norm_type)
-
-
-def _number(coefficient: Tensor, tensor: Tensor) -> Any:
-    if tensor.device.type == "cpu":
-        return coefficient.item()
-    return coefficient.to(tensor.device)
