@@ -253,6 +253,15 @@ def fail_in_a_group(kind: str) -> Any:
     gradclip_ext.clip_grad_norm_(parameters, own, process_groups=group)
 
 
+def groups_of_one_rank() -> Any:
+    own = group_of((0,), (1,))
+    parameter = parameter_with(torch.full((4,), 3.0))
+    groups = [own, ShardGroup(own), world_group()]
+    found = gradclip_ext.clip_grad_norm_([parameter], 1.0, process_groups=groups).item()
+    alone = gradclip_ext.clip_grad_norm_([parameter], math.inf, process_groups=[own, own]).item()
+    return found, alone
+
+
 # In the test process.
 
 
@@ -340,6 +349,13 @@ def test_a_failure_reaches_all(world, kind):
     for number, answer in enumerate(world(4).outcomes(fail_in_a_group, kind)):
         assert isinstance(answer, Failure), answer
         assert number == 1 or "rank 1 failed" in answer.text
+
+
+def test_groups_of_one_rank(world):
+    """A trainer whose parallel dimensions are all 1 has several with the same rank."""
+    for found, alone in world(2).run(groups_of_one_rank):
+        assert found == pytest.approx(math.sqrt(72.0), rel=1e-6)
+        assert alone == pytest.approx(1.0 / math.sqrt(2.0), rel=1e-5)
 
 
 def test_without_an_initialized_process_group():
