@@ -76,14 +76,14 @@ class Transformer(nn.Module):
         )
         self.head = nn.Linear(WIDTH, len(VOCABULARY))
 
-    def forward(self, text: Tensor) -> Tensor:
-        """From (batch, sequence) to logits of shape (batch, sequence, characters)."""
+    def forward(self, text: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss, from the inputs and the characters after them: (batch, sequence)."""
         places = torch.arange(text.shape[1], device=text.device)
         hidden = self.characters(text) + self.places(places)
         mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1], device=text.device)
         for block in self.blocks:
             hidden = block(hidden, src_mask=mask, is_causal=True)
-        return self.head(hidden)
+        return functional.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
 
 
 def sharded_model(mesh: DeviceMesh, seed: int) -> nn.Module:
@@ -121,7 +121,7 @@ def train(name: str, mesh: DeviceMesh, steps: int, seed: int) -> Run:
     for _ in range(steps):
         inputs, targets = (part.to(mesh.device_type) for part in next(source))
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss = model(inputs, targets)
         loss.backward()
         norm = ways[name](model)
         optimizer.step()
