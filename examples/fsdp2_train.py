@@ -190,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is not None:
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps([asdict(run) for run in runs]))
+        # torchrun stops the other ranks when one ends with an error.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
     return 0
