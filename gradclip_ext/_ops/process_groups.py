@@ -59,8 +59,8 @@ def read_process_groups(process_groups: Any, function: str) -> tuple[Group, ...]
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
         TypeError: it is not a group, a 1-D mesh, a :class:`ShardGroup` or a sequence of these.
-        ValueError: this rank is not in a group, a mesh has several dimensions, or a group is
-            listed twice.
+        ValueError: this rank is not in a group, a mesh has several dimensions, or a group of
+            several ranks is listed twice.
     """
     if process_groups is None:
         return ()
@@ -88,7 +88,7 @@ def _read_all(process_groups: Any, function: str) -> tuple[Group, ...]:
     ]
     for place, group in enumerate(groups):
         for earlier, other in enumerate(groups[:place]):
-            if set(group.ranks) == set(other.ranks):
+            if len(group.ranks) > 1 and set(group.ranks) == set(other.ranks):
                 raise ValueError(
                     f"{function}: process_groups[{earlier}] and process_groups[{place}] have the "
                     f"same ranks, {_ranks(group)}, which would count twice"

@@ -253,6 +253,32 @@ def fail_in_a_group(kind: str) -> Any:
     gradclip_ext.clip_grad_norm_(parameters, own, process_groups=group)
 
 
+def fail_in_the_list(function: str) -> Any:
+    given: Any = [parameter_with(torch.ones(2))]
+    before = given[0].grad
+    if rank() == 1:
+        given = 3 if function == "grad_norms" else (1 / 0 for _ in given)
+    try:
+        if function == "clip_grad_norm_":
+            gradclip_ext.clip_grad_norm_(given, 1.0, math.inf, process_groups=world_group())
+        elif function == "get_total_norm":
+            given = [p.grad for p in given] if rank() != 1 else given
+            gradclip_ext.get_total_norm(given, process_groups=world_group())
+        else:
+            gradclip_ext.grad_norms(given, process_groups=world_group())
+    finally:
+        assert before.tolist() == [1.0, 1.0]
+
+
+def groups_of_one_rank() -> Any:
+    own = group_of((0,), (1,))
+    parameter = parameter_with(torch.full((4,), 3.0))
+    groups = [own, ShardGroup(own), world_group()]
+    found = gradclip_ext.clip_grad_norm_([parameter], 1.0, process_groups=groups).item()
+    alone = gradclip_ext.clip_grad_norm_([parameter], math.inf, process_groups=[own, own]).item()
+    return found, alone
+
+
 # In the test process.
 
 
@@ -340,6 +366,21 @@ def test_a_failure_reaches_all(world, kind):
     for number, answer in enumerate(world(4).outcomes(fail_in_a_group, kind)):
         assert isinstance(answer, Failure), answer
         assert number == 1 or "rank 1 failed" in answer.text
+
+
+@pytest.mark.parametrize("function", ["clip_grad_norm_", "get_total_norm", "grad_norms"])
+def test_a_failure_of_the_list_itself_reaches_all(world, function):
+    for answer in world(2).outcomes(fail_in_the_list, function):
+        assert isinstance(answer, Failure), answer
+        reason = "found 3 (int)" if function == "grad_norms" else "division by zero"
+        assert reason in answer.text and "rank 1" in answer.text, answer.text
+
+
+def test_groups_of_one_rank(world):
+    """A trainer whose parallel dimensions are all 1 has several with the same rank."""
+    for found, alone in world(2).run(groups_of_one_rank):
+        assert found == pytest.approx(math.sqrt(72.0), rel=1e-6)
+        assert alone == pytest.approx(1.0 / math.sqrt(2.0), rel=1e-5)
 
 
 def test_without_an_initialized_process_group():
