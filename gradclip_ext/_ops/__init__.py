@@ -150,9 +150,8 @@ def get_total_norm(
     """See :func:`gradclip_ext.get_total_norm`."""
     if not groups:
         native = compiled if compiling() else _C
-        norm: Tensor | None = native.get_total_norm(
-            tensors, norm_type, bool(error_if_nonfinite), dtype
-        )
+        error = bool(error_if_nonfinite)
+        norm: Tensor | None = native.get_total_norm(tensors, norm_type, error, dtype)
         if norm is not None:
             return norm
     if groups or are_distributed(tensors):
@@ -280,12 +279,11 @@ def shared_memory(parameters: Sequence[Any]) -> str | None:
 
 def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> None:
     """Multiply every gradient by a number, or by a 0-dim tensor without a device sync."""
-    if not compiling():
-        if _C.scale_(parameters, coefficient) is not None:
-            return
-        if are_distributed(parameters) and sharded.scale_native_(parameters, coefficient, caller):
-            return
-    fallback.scale_(parameters, coefficient, caller)
+    done = not compiling() and _C.scale_(parameters, coefficient) is not None
+    if not done and are_distributed(parameters):
+        done = sharded.scale_native_(parameters, coefficient, caller) is not None
+    if not done:
+        fallback.scale_(parameters, coefficient, caller)
 
 
 def scale_each_(parameters: Sequence[Any], coefficients: Tensor, caller: Caller) -> None:
