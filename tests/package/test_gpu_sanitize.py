@@ -18,6 +18,7 @@ PATH = Path(__file__).resolve().parents[2] / "tools" / "gpu_sanitize.py"
 OTHERS = {
     *("fit_fused_step", "have_clippable_units", "hold_exactly", "holds_twice", "is_flat"),
     *("instruction_set", "is_native", "known_number", "observed", "set_device_mode_type"),
+    "read_dtensors",
     "set_tuning",
     # What grad_norms launches, over tensors instead of gradients.
     "tensor_norms",
