@@ -17,6 +17,7 @@ same norm, to the bit. On the CPU by gloo, on GPUs by nccl, with the same comman
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ BATCH_SIZE = 16  # Of a rank.
 WIDTH = 64
 LEARNING_RATE = 0.5
 MAX_NORM = 0.5
+WAYS = ("torch", "gradclip_ext", "GradClipper")
 
 # Clips the gradients of a model in place, and returns their norm before that.
 Clip = Callable[[nn.Module], Tensor]
@@ -106,8 +108,9 @@ def batches(text: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows[:, :-1], rows[:, 1:]
 
 
-def train(name: str, mesh: DeviceMesh, steps: int, seed: int) -> Run:
-    """Trains a new network, clipped in one of the ways."""
+def train(name: str, kind: str, steps: int, seed: int) -> Run:
+    """Trains a new network on devices of a kind, clipped in one of the ways."""
+    mesh = init_device_mesh(kind, (distributed.get_world_size(),))
     model = sharded_model(mesh, seed)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     clipper = gradclip_ext.GradClipper(model, MAX_NORM)
@@ -182,9 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        mesh = init_device_mesh(kind, (distributed.get_world_size(),))
-        names = ("torch", "gradclip_ext", "GradClipper")
-        runs = [train(name, mesh, options.steps, options.seed) for name in names]
+        runs = [train(name, kind, options.steps, options.seed) for name in WAYS]
         if distributed.get_rank() == 0:
             print(summary(runs))
             if options.output is not None:
@@ -193,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # torchrun stops the other ranks when one ends with an error.
         distributed.barrier()
     finally:
+        # Modules of FSDP2 hold one another and the group, whose threads end with it.
+        gc.collect()
         distributed.destroy_process_group()
     return 0
 

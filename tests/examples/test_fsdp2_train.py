@@ -41,9 +41,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_three_ways_take_the_same_steps_on_both_ranks(tmp_path: Path) -> None:
     saved = tmp_path / "new" / "runs.json"
     finished = torchrun("--steps", STEPS, "--output", saved)
-    # Torch's threads of gloo now and then abort a process at its very end, whoever has clipped.
-    is_aborted_at_the_end = "terminate called without an active exception" in finished.stderr
-    assert finished.returncode == 0 or is_aborted_at_the_end, finished.stderr
+    assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["torch", "gradclip_ext", "GradClipper"]
     assert all("the same" in line for line in lines[1:])
