@@ -278,7 +278,7 @@ def measure(
         local = torch.zeros(len(shares.tensors), dtype=torch.float64, device="cpu")
     device = _exchange_device(shares, groups)
     partial = [
-        (share.mesh.key, (share.partial, sum(gradient.numel() for gradient in share.given)))
+        (share.mesh.key, (share.partial, *share.summand_sizes))
         for share in shares.shares
         if share.mesh is not None and share.partial
     ]

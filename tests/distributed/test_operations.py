@@ -9,7 +9,8 @@ from typing import Any
 import mixes
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import gradclip_ext
 
@@ -183,6 +184,25 @@ def drifted() -> Any:
     return found
 
 
+def beside_meshes_of_groups() -> Any:
+    """A plain tensor beside meshes of two groups, of which each rank knows only its own."""
+    own = torch.distributed.get_rank()
+    rows = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    columns = [torch.distributed.new_group([0, 2]), torch.distributed.new_group([1, 3])]
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    for group, place in ((rows[own // 2], own % 2), (columns[own % 2], own // 2)):
+        mesh = DeviceMesh.from_group(group, "cpu")
+        part = torch.tensor([[12.0], [0.0]][place])
+        weight = DTensor.from_local(torch.zeros(1), mesh, [Shard(0)])
+        parameters.append(torch.nn.Parameter(weight))
+        parameters[-1].grad = DTensor.from_local(part, mesh, [Shard(0)])
+    return [
+        repr(gradclip_ext.clip_grad_norm_(parameters, math.inf, order).item())
+        for order in (1.0, math.inf, 2.0)
+    ]
+
+
 # In the test process.
 
 
@@ -268,3 +288,8 @@ def test_copies_that_have_drifted(world):
     answers = world(4).run(drifted)
     assert all(answer == answers[0] for answer in answers)
     assert answers[0] == ["2.0", "1.0", "nan", "nan", "nan", "inf"]
+
+
+def test_plain_tensors_beside_meshes_of_groups(world):
+    for found in world(4).run(beside_meshes_of_groups):
+        assert list(map(float, found)) == [31.0, 12.0, pytest.approx(math.sqrt(313.0))]
