@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.amp import GradScaler
 
 from gradclip_ext import _ops
 from gradclip_ext._handover import Factors, Steps, require_gradients
 from gradclip_ext._measured import has_nonfinite
 from gradclip_ext._ops import Scalar
-from gradclip_ext._owners import read_optimizers, read_owners
+from gradclip_ext._owners import read_optimizers, read_owners, takes_part
 from gradclip_ext._rules import Group
 from gradclip_ext._scaler import (
     Unscaling,
@@ -23,7 +24,7 @@ from gradclip_ext._scaler import (
     unscales_by_itself,
 )
 from gradclip_ext._settings import Settings
-from gradclip_ext._step import Step
+from gradclip_ext._step import Step, raise_together
 from gradclip_ext.thresholds import AGC
 
 __all__ = ["ClipperStep"]
@@ -46,6 +47,7 @@ class ClipperStep:
         self._scaler = None if scaler is None else read_scaler(scaler, _FUNCTION)
         self._owners = read_owners(self._optimizers, _FUNCTION)
         self._settings = settings
+        self._groups = groups
         self._caller = _ops.Caller(_FUNCTION)
         # For gradients that are handed over while they are scaled.
         self._unscaling: Unscaling | None = None
@@ -61,16 +63,23 @@ class ClipperStep:
         if scaler is None:
             yield 1.0
             return
+        with undone_on_error(scaler if self._hands_over else None, self._optimizers):
+            try:
+                inverse = self._unscale(scaler)
+            except Exception as error:
+                raise_together(error, self._settings, self._groups)
+                raise
+            yield inverse
+
+    def _unscale(self, scaler: GradScaler) -> Scalar:
         require_gradients(self._owners, _FUNCTION)
-        if not self._hands_over:
-            stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
-            require_unscalable(scaler, self._optimizers, stepped, self._caller)
-            self._overflow = unscale(scaler, self._optimizers)
-            yield 1.0
-            return
-        with undone_on_error(scaler, self._optimizers):
+        if self._hands_over:
             self._unscaling = Unscaling(scaler, self._optimizers)
-            yield self._unscaling.inverse
+            return self._unscaling.inverse
+        stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
+        require_unscalable(scaler, self._optimizers, stepped, self._caller)
+        self._overflow = unscale(scaler, self._optimizers)
+        return 1.0
 
     def write(self, step: Step) -> None:
         """Multiply the gradients where the optimizers do not, once it is decided by how much."""
@@ -142,7 +151,7 @@ class ClipperStep:
             settings.process_groups or _ops.are_distributed(groups[0].parameters)
         ):
             return False
-        own = [parameter for parameter in groups[0].parameters if parameter.grad is not None]
+        own = [parameter for parameter in groups[0].parameters if takes_part(parameter)]
         if settings.nonfinite == "zero" and not all(parameter.is_cpu for parameter in own):
             return False
         stepped = [parameter for owner in self._owners for parameter in owner.clipped]

@@ -6,7 +6,7 @@ Each function checks its arguments here and leaves the work to :mod:`gradclip_ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,10 @@ def clip_grad_norm_(
         ValueError: ``max_norm`` is negative or NaN.
     """
     function = "clip_grad_norm_"
-    parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+    read: list[Any] = []
+    parameter_list: Sequence[Any] = read
     try:
+        parameter_list = _arguments.tensor_list(parameters, function, "parameters", read)
         max_norm = _arguments.max_norm(max_norm, function)
         norm_type = _arguments.norm_type(norm_type, function)
         if dtype is not None:
@@ -136,8 +138,10 @@ def get_total_norm(
         TypeError: an argument or an element of ``tensors`` has the wrong type.
     """
     function = "get_total_norm"
-    tensor_list = _arguments.tensor_list(tensors, function, "tensors")
+    read: list[Any] = []
+    tensor_list: Sequence[Any] = read
     try:
+        tensor_list = _arguments.tensor_list(tensors, function, "tensors", read)
         norm_type = _arguments.norm_type(norm_type, function)
         if dtype is not None:
             _arguments.result_dtype(dtype, function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,11 @@ def grad_norms(
         # As many as were measured: a computed `grad` may change the list while it is read.
         names = default_names(measured[1].numel())
     else:
-        collection = Collection(source, function, may_be_empty=bool(groups))
+        try:
+            collection = Collection(source, function, may_be_empty=bool(groups))
+        except Exception as error:
+            _raise_together(error, source, groups, norm_type)
+            raise
         names = collection.names
         caller = _ops.Caller(function, names=names)
         measured = _ops.grad_norms(collection.parameters, norm_type, dtype, caller, groups=groups)
@@ -97,12 +102,12 @@ def grad_norms(
 def _raise_together(error: Exception, source: Any, process_groups: Any, norm_type: Any) -> None:
     """Raise an error of the arguments on all ranks, if there are others."""
     function = "grad_norms"
-    try:
+    # A source that is wrong names no other ranks, but process groups may.
+    names: tuple[str, ...] = ()
+    parameters: list[Tensor] = []
+    with contextlib.suppress(Exception):
         collection = Collection(source, function, may_be_empty=True)
-    except Exception:
-        # The source is wrong as well, and names no other ranks.
-        return
-    parameters = collection.parameters
-    caller = _ops.Caller(function, names=collection.names)
+        names, parameters = collection.names, collection.parameters
+    caller = _ops.Caller(function, names=names)
     sections = [len(parameters)]
     _ops.raise_together(error, parameters, process_groups, caller, norm_type, sections)

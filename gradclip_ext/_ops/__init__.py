@@ -25,6 +25,7 @@ from gradclip_ext._ops import fallback, fused, gradients, sharded, sharded_units
 from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.declined import start_watching, stop_watching
 from gradclip_ext._ops.dtensor import any_in as are_distributed
+from gradclip_ext._ops.dtensor import is_dtensor as is_distributed
 from gradclip_ext._ops.failures import raise_unread
 from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
 from gradclip_ext._ops.observation import compiling
@@ -71,6 +72,7 @@ __all__ = [
     "have_native_units",
     "holds_twice",
     "in_tensor",
+    "is_distributed",
     "isfinite",
     "known",
     "lerp",
@@ -83,6 +85,7 @@ __all__ = [
     "project_",
     "quotient",
     "raise_together",
+    "raise_together_for_units",
     "raise_unread",
     "read_process_groups",
     "refuse_meta",
@@ -351,6 +354,12 @@ def raise_together(
     sharded.raise_together(error, tensors, groups, caller, order, sections)
 
 
+def raise_together_for_units(error: Exception, parameters: Sequence[Any], caller: Caller) -> None:
+    """As :func:`raise_together`, where the others have called :func:`clip_units_`."""
+    if are_distributed(parameters):
+        sharded_units.raise_together(error, parameters, caller)
+
+
 def clip_units_(
     parameters: Sequence[Any], clip_factor: float, eps: float, caller: Caller
 ) -> Tensor | None:
@@ -397,9 +406,12 @@ def holds_twice(parameters: Sequence[Any]) -> bool:
 
 
 def have_float64(parameters: Sequence[Any]) -> bool:
-    """Whether any gradient is float64, the squares of whose finite elements may overflow."""
+    """Whether any gradient is float64, the squares of whose finite elements may overflow.
+
+    Where there is none, another rank may have one, of the parameter's dtype.
+    """
     wide = (torch.float64, torch.complex128)
-    return any(p.grad is not None and p.grad.dtype in wide for p in parameters)
+    return any((p if p.grad is None else p.grad).dtype in wide for p in parameters)
 
 
 def are_complex(parameters: Sequence[Any]) -> bool:
