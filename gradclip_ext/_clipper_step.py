@@ -18,6 +18,7 @@ from gradclip_ext._rules import Group
 from gradclip_ext._scaler import (
     Unscaling,
     read_scaler,
+    report_overflow,
     require_unscalable,
     undone_on_error,
     unscale,
@@ -55,6 +56,10 @@ class ClipperStep:
         self._overflow: bool | Tensor = False
         self._hands_over = self._is_one_coefficient(groups)
         self._steps: Steps | None = None
+        # Whether the norm is that of gradients on several ranks.
+        self._shares_norm = bool(settings.process_groups) or any(
+            _ops.are_distributed(group.parameters) for group in groups
+        )
 
     @contextlib.contextmanager
     def unscaled(self) -> Iterator[Scalar]:
@@ -86,6 +91,10 @@ class ClipperStep:
         if self._unscaling is not None:
             self._overflow = self._found_overflow(step)
             self._unscaling.report_overflow(self._overflow)
+        elif self._scaler is not None and self._shares_norm:
+            # Of other ranks the scaler, which has unscaled by itself, may not know.
+            self._overflow = self._overflow | (step.is_finite ^ True)
+            report_overflow(self._scaler, self._optimizers, self._overflow)
         overflow = self._overflow
         skips = step.skips if self._scaler is None else overflow
         factors = Factors(1.0, 1.0, skips)
@@ -143,6 +152,10 @@ class ClipperStep:
         if len(groups) > 1 or rule.per_parameter or isinstance(rule, AGC):
             return False
         if settings.clip_value is not None or settings.decays_late:
+            return False
+        # Whether they are the same as those that are stepped may differ over the ranks of a group,
+        # of which all measure before their scalers unscale, or none.
+        if scaler is not None and settings.process_groups:
             return False
         if scaler is not None and (settings.weight_decay > 0.0 or unscales_by_itself(scaler)):
             return False

@@ -89,6 +89,7 @@ def clip_grad_norm_(
         parameter_list = _arguments.tensor_list(parameters, function, "parameters", read)
         max_norm = _arguments.max_norm(max_norm, function)
         norm_type = _arguments.norm_type(norm_type, function)
+        error_if_nonfinite = bool(error_if_nonfinite)
         if dtype is not None:
             _arguments.result_dtype(dtype, function)
         groups = _ops.read_process_groups(process_groups, function)
@@ -143,6 +144,7 @@ def get_total_norm(
     try:
         tensor_list = _arguments.tensor_list(tensors, function, "tensors", read)
         norm_type = _arguments.norm_type(norm_type, function)
+        error_if_nonfinite = bool(error_if_nonfinite)
         if dtype is not None:
             _arguments.result_dtype(dtype, function)
         groups = _ops.read_process_groups(process_groups, function)

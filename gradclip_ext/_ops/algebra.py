@@ -134,9 +134,8 @@ class Algebra:
         dtypes = [summed_dtype(tensor.dtype) for tensor in tensors]
         if self.exchange.has_failed:
             # Others may not know, and what is wrong with these may be that they cannot be read.
-            tensors = [
-                torch.zeros(t.shape, dtype=t.dtype, device=self.exchange.device) for t in tensors
-            ]
+            device = self.exchange.device
+            tensors = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors]
         for dtype in sorted(set(dtypes), key=str):
             places = [place for place, own in enumerate(dtypes) if own == dtype]
             flat = torch.cat([tensors[place].to(dtype).reshape(-1) for place in places])

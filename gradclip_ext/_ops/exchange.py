@@ -148,7 +148,16 @@ class Exchange:
             buckets: ``2 ** len(groups)`` 1-D tensors of the same length; the one at a place travels
                 over the groups whose bits are set in the number of the place. Replaced.
         """
+        flags, covering = self.flags, [mesh.ranks for mesh in self.meshes]
         for place, group in enumerate(self.groups):
+            if (
+                flags
+                and flags.is_known
+                and flags.failed
+                and any(ranks.issuperset(group.ranks) for ranks in covering)
+            ):
+                # All its ranks know, and the one that failed may not know the group.
+                continue
             moving = [number for number in range(len(buckets)) if number >> place & 1]
             for number in moving:
                 for earlier, other in enumerate(self.groups[:place]):

@@ -74,6 +74,11 @@ def clip_grad_norm_(
     caller: Caller,
 ) -> Tensor:
     shares = Shares(parameters, True, groups, caller)
+    if isinstance(max_norm, Tensor) and max_norm.is_meta:
+        # Or other ranks would have clipped before this one finds no number.
+        shares.fail(
+            ValueError(f"{caller.function}: max_norm is on the meta device and has no value")
+        )
     with _profiler_range(caller):
         norms = measure(
             shares,

@@ -185,6 +185,62 @@ def follow() -> Any:
     clipper.clip_()
 
 
+def bad_groups_beside_dtensors(kind: str) -> Any:
+    parameters = parameters_of("fsdp")
+    groups: Any = torch.distributed.group.WORLD
+    if is_broken():
+        groups = {"none": [], "number": 3, "twice": [groups, groups]}[kind]
+    try:
+        gradclip_ext.clip_grad_norm_(parameters, 1.0, process_groups=groups)
+    finally:
+        assert same_as(parameters, "fsdp")
+
+
+def without_a_value(kind: str) -> Any:
+    """Arguments that only fail when they are used."""
+    parameters = parameters_of("fsdp")
+    wrong: dict[str, Any] = {}
+    if is_broken():
+        several = torch.ones(2)
+        wrong = {
+            "max_norm": {"max_norm": torch.ones((), device="meta")},
+            "error_if_nonfinite": {"error_if_nonfinite": several},
+        }[kind]
+    try:
+        gradclip_ext.clip_grad_norm_(
+            parameters,
+            **{"max_norm": 1.0, **wrong},
+            process_groups=torch.distributed.group.WORLD,
+        )
+    finally:
+        assert same_as(parameters, "fsdp")
+
+
+def step_stages(overflow: bool) -> Any:
+    """One rank also steps a parameter that is not clipped, so its clipper does not hand over."""
+    clipped, spared = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    clipped.grad, spared.grad = torch.tensor([12.0, 16.0]), torch.tensor([4.0])
+    if is_broken() and overflow:
+        clipped.grad[0] = math.inf
+    optimizer = torch.optim.SGD([clipped, spared] if is_broken() else [clipped], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    groups = torch.distributed.group.WORLD
+    clipper = gradclip_ext.GradClipper([clipped], 0.5, process_groups=groups)
+    norm = clipper.step(optimizer, scaler)
+    scaler.update()
+    return norm.item(), clipped.tolist(), scaler.get_scale()
+
+
+def group_within_a_mesh() -> Any:
+    """A group of a part of a mesh's only dimension: the mesh has counted its ranks."""
+    parameters = parameters_of("fsdp")
+    group = mixes.mesh_of("tp").get_group()
+    norm = gradclip_ext.clip_grad_norm_(parameters, math.inf, process_groups=group)
+    wholes = mixes.whole_gradients(mixes.MIXES["fsdp"])
+    return norm.item(), torch.cat([whole.reshape(-1) for whole in wholes]).norm().item()
+
+
 # In the test process.
 
 
@@ -275,3 +331,45 @@ def test_partial_gradients_of_another_dtype(world):
 
 def test_a_rule_that_cannot_follow_on_one_rank(world):
     require_everywhere(world(2).outcomes(follow), "ValueError", "cannot follow others")
+
+
+@pytest.mark.parametrize(
+    "kind, error, text",
+    [
+        ("none", "ValueError", "at least one group"),
+        ("number", "TypeError", "found 3 (int)"),
+        ("twice", "ValueError", "count twice"),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_bad_groups_beside_dtensors(world, size, kind, error, text):
+    answers = world(size).outcomes(bad_groups_beside_dtensors, kind)
+    require_everywhere(answers, error, text)
+
+
+@pytest.mark.parametrize(
+    "kind, error, text",
+    [
+        ("max_norm", "ValueError", "meta device"),
+        ("error_if_nonfinite", "RuntimeError", "ambiguous"),
+    ],
+)
+def test_arguments_without_a_value(world, kind, error, text):
+    require_everywhere(world(2).outcomes(without_a_value, kind), error, text)
+
+
+def test_stages_of_which_one_steps_more_than_it_clips(world):
+    for norm, weights, scale in world(2).run(step_stages, False):
+        assert norm == pytest.approx(50.0**0.5, rel=1e-6) and scale == 4.0
+        factor = 0.5 / 50.0**0.5
+        assert weights == pytest.approx([-3.0 * factor, -4.0 * factor], rel=1e-5)
+
+
+def test_an_overflow_in_one_stage_skips_the_step_of_all(world):
+    for norm, weights, scale in world(2).run(step_stages, True):
+        assert norm == math.inf and weights == [0.0, 0.0] and scale == 2.0
+
+
+def test_a_group_of_a_part_of_a_dimension(world):
+    for norm, expected in world(4).run(group_within_a_mesh):
+        assert norm == pytest.approx(expected, rel=1e-6)
