@@ -12,7 +12,6 @@ name the function and its list.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +45,7 @@ from gradclip_ext._ops.scalars import (
     square_root,
 )
 from gradclip_ext._ops.sharded import global_norms
+from gradclip_ext._ops.together import raise_together, raise_together_for_units
 from gradclip_ext._ops.torch_ops import NORM_EPSILON, promoted_dtype
 
 __all__ = [
@@ -324,40 +324,6 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
     if are_distributed(parameters):
         return sharded.project_(parameters, max_norm, caller)
     return fallback.project_(parameters, max_norm, caller)
-
-
-def raise_together(
-    error: Exception,
-    tensors: Sequence[Any],
-    process_groups: Any,
-    caller: Caller,
-    norm_type: Any = 2.0,
-    sections: Sequence[int] | None = None,
-) -> None:
-    """Raise an error of an argument on all ranks, if others would wait for this one; else nothing.
-
-    The others cannot be reached over ``process_groups`` if that is what is wrong.
-
-    Args:
-        norm_type: what was passed, right or wrong.
-        sections: of :func:`global_norms` or the single one of :func:`grad_norms`, if the others
-            have called one of these.
-    """
-    groups: Sequence[Group] = ()
-    with contextlib.suppress(Exception):
-        groups = read_process_groups(process_groups, caller.function)
-    if not (groups or are_distributed(tensors)):
-        return
-    order = 2.0
-    with contextlib.suppress(Exception):
-        order = float(norm_type)
-    sharded.raise_together(error, tensors, groups, caller, order, sections)
-
-
-def raise_together_for_units(error: Exception, parameters: Sequence[Any], caller: Caller) -> None:
-    """As :func:`raise_together`, where the others have called :func:`clip_units_`."""
-    if are_distributed(parameters):
-        sharded_units.raise_together(error, parameters, caller)
 
 
 def clip_units_(
