@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 
-def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[Any, ...]:
+def tensor_list(
+    value: Any, function: str, argument: str, read: list[Any] | None = None
+) -> list[Any] | tuple[Any, ...]:
     """The argument as a list or tuple; a single tensor becomes a list of one.
 
-    Its elements are checked later, and only if the native engine declines the list.
+    Its elements are checked later, and only if the native engine declines the list. Into ``read``
+    go those that an iterator gives, for the caller to have them if it raises halfway.
     """
     if type(value) is list or type(value) is tuple:
         return value
@@ -33,7 +36,8 @@ def tensor_list(value: Any, function: str, argument: str) -> list[Any] | tuple[A
             f"{function}: {argument} has to be an iterable of tensors or a single tensor, "
             f"found {describe(value)}; {remedy}"
         )
-    items = list(value)
+    items: list[Any] = [] if read is None else read
+    items.extend(value)
     if not items and argument == "parameters" and isinstance(value, types.GeneratorType):
         _warn_of_empty_generator(function)
     return items

@@ -7,23 +7,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.amp import GradScaler
 
 from gradclip_ext import _ops
 from gradclip_ext._handover import Factors, Steps, require_gradients
 from gradclip_ext._measured import has_nonfinite
 from gradclip_ext._ops import Scalar
-from gradclip_ext._owners import read_optimizers, read_owners
+from gradclip_ext._owners import read_optimizers, read_owners, takes_part
 from gradclip_ext._rules import Group
 from gradclip_ext._scaler import (
     Unscaling,
     read_scaler,
+    report_overflow,
     require_unscalable,
     undone_on_error,
     unscale,
     unscales_by_itself,
 )
 from gradclip_ext._settings import Settings
-from gradclip_ext._step import Step
+from gradclip_ext._step import Step, raise_together
 from gradclip_ext.thresholds import AGC
 
 __all__ = ["ClipperStep"]
@@ -46,6 +48,7 @@ class ClipperStep:
         self._scaler = None if scaler is None else read_scaler(scaler, _FUNCTION)
         self._owners = read_owners(self._optimizers, _FUNCTION)
         self._settings = settings
+        self._groups = groups
         self._caller = _ops.Caller(_FUNCTION)
         # For gradients that are handed over while they are scaled.
         self._unscaling: Unscaling | None = None
@@ -53,6 +56,10 @@ class ClipperStep:
         self._overflow: bool | Tensor = False
         self._hands_over = self._is_one_coefficient(groups)
         self._steps: Steps | None = None
+        # Whether the norm is that of gradients on several ranks.
+        self._shares_norm = bool(settings.process_groups) or any(
+            _ops.are_distributed(group.parameters) for group in groups
+        )
 
     @contextlib.contextmanager
     def unscaled(self) -> Iterator[Scalar]:
@@ -61,22 +68,33 @@ class ClipperStep:
         if scaler is None:
             yield 1.0
             return
+        with undone_on_error(scaler if self._hands_over else None, self._optimizers):
+            try:
+                inverse = self._unscale(scaler)
+            except Exception as error:
+                raise_together(error, self._settings, self._groups)
+                raise
+            yield inverse
+
+    def _unscale(self, scaler: GradScaler) -> Scalar:
         require_gradients(self._owners, _FUNCTION)
-        if not self._hands_over:
-            stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
-            require_unscalable(scaler, self._optimizers, stepped, self._caller)
-            self._overflow = unscale(scaler, self._optimizers)
-            yield 1.0
-            return
-        with undone_on_error(scaler, self._optimizers):
+        if self._hands_over:
             self._unscaling = Unscaling(scaler, self._optimizers)
-            yield self._unscaling.inverse
+            return self._unscaling.inverse
+        stepped = [p for owner in self._owners for p in (*owner.clipped, *owner.spared)]
+        require_unscalable(scaler, self._optimizers, stepped, self._caller)
+        self._overflow = unscale(scaler, self._optimizers)
+        return 1.0
 
     def write(self, step: Step) -> None:
         """Multiply the gradients where the optimizers do not, once it is decided by how much."""
         if self._unscaling is not None:
             self._overflow = self._found_overflow(step)
             self._unscaling.report_overflow(self._overflow)
+        elif self._scaler is not None and self._shares_norm:
+            # Of other ranks the scaler, which has unscaled by itself, may not know.
+            self._overflow = self._overflow | (step.is_finite ^ True)
+            report_overflow(self._scaler, self._optimizers, self._overflow)
         overflow = self._overflow
         skips = step.skips if self._scaler is None else overflow
         factors = Factors(1.0, 1.0, skips)
@@ -135,6 +153,10 @@ class ClipperStep:
             return False
         if settings.clip_value is not None or settings.decays_late:
             return False
+        # Whether they are the same as those that are stepped may differ over the ranks of a group,
+        # of which all measure before their scalers unscale, or none.
+        if scaler is not None and settings.process_groups:
+            return False
         if scaler is not None and (settings.weight_decay > 0.0 or unscales_by_itself(scaler)):
             return False
         # Their weight decay waits until no rank can fail.
@@ -142,7 +164,7 @@ class ClipperStep:
             settings.process_groups or _ops.are_distributed(groups[0].parameters)
         ):
             return False
-        own = [parameter for parameter in groups[0].parameters if parameter.grad is not None]
+        own = [parameter for parameter in groups[0].parameters if takes_part(parameter)]
         if settings.nonfinite == "zero" and not all(parameter.is_cpu for parameter in own):
             return False
         stepped = [parameter for owner in self._owners for parameter in owner.clipped]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +12,18 @@ from torch.amp import GradScaler
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._sources import CLIP_KEY
 
-__all__ = ["Owner", "listed", "read_optimizers", "read_owners"]
+__all__ = [
+    "Owner",
+    "listed",
+    "raising_together",
+    "read_optimizers",
+    "read_owners",
+    "takes_part",
+]
 
 
 class Owner:
-    """An optimizer and those of its parameters that have a gradient, each of them once.
+    """An optimizer and those of its parameters that take part in a step, each of them once.
 
     Attributes:
         optimizer: the optimizer.
@@ -73,11 +81,16 @@ def read_owners(optimizers: Sequence[Any], function: str) -> list[Owner]:
             where = f"{place}.param_groups[{index}]['{CLIP_KEY}']"
             clips = wish is None or _arguments.yes_or_no(wish, function, where)
             parameters = owner.clipped if clips else owner.spared
-            parameters += [p for p in group["params"] if p.grad is not None]
+            parameters += [p for p in group["params"] if takes_part(p)]
         owners.append(owner)
     if _ops.holds_twice([p for owner in owners for p in (*owner.clipped, *owner.spared)]):
         _keep_first(owners)
     return owners
+
+
+def takes_part(parameter: Tensor) -> bool:
+    """Whether there is a gradient here, or there may be one on other ranks, which wait for this."""
+    return parameter.grad is not None or _ops.is_distributed(parameter)
 
 
 def _keep_first(owners: Sequence[Owner]) -> None:
@@ -88,6 +101,19 @@ def _keep_first(owners: Sequence[Owner]) -> None:
             first = {id(parameter): parameter for parameter in parameters}
             parameters[:] = [first[key] for key in first if key not in seen]
             seen.update(first)
+
+
+@contextlib.contextmanager
+def raising_together(
+    optimizers: Sequence[Any], norm_type: Any, caller: _ops.Caller
+) -> Iterator[None]:
+    """Errors inside are raised on all ranks that would wait for this one to measure."""
+    try:
+        yield
+    except Exception as error:
+        parameters = [parameter for optimizer in optimizers for parameter in listed(optimizer)]
+        _ops.raise_together(error, parameters, None, caller, norm_type)
+        raise
 
 
 def listed(optimizer: Any) -> list[Tensor]:

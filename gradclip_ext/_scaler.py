@@ -17,6 +17,7 @@ __all__ = [
     "Unscaling",
     "read_scaler",
     "refuse_closure",
+    "report_overflow",
     "require_unscalable",
     "undone_on_error",
     "unscale",
@@ -132,11 +133,21 @@ class Unscaling:
 
     def report_overflow(self, found: bool | Tensor) -> None:
         """Tell the scaler, for every optimizer, whether a gradient is NaN or infinite."""
-        for flag in self._flags:
-            if isinstance(found, Tensor):
-                flag.fill_(found.to(flag.device))
-            elif found:
-                flag.fill_(1.0)
+        _raise_flags(self._flags, found)
+
+
+def report_overflow(scaler: GradScaler, optimizers: Sequence[Any], found: bool | Tensor) -> None:
+    """The same, of gradients that it has unscaled itself."""
+    for optimizer in optimizers:
+        _raise_flags(torch_private.found_inf_flags(scaler, optimizer), found)
+
+
+def _raise_flags(flags: Sequence[Tensor], found: bool | Tensor) -> None:
+    for flag in flags:
+        if isinstance(found, Tensor):
+            flag.fill_(found.to(flag.device))
+        elif found:
+            flag.fill_(1.0)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._measured import has_nonfinite, measure
-from gradclip_ext._owners import read_optimizers, read_owners
+from gradclip_ext._owners import raising_together, read_optimizers, read_owners, takes_part
 from gradclip_ext._scaler import Unscaling, read_scaler, undone_on_error
 
 __all__ = ["unscale_and_clip_grad_norm_"]
@@ -73,20 +73,22 @@ def unscale_and_clip_grad_norm_(
     >>> scaler.update()
     """
     function = "unscale_and_clip_grad_norm_"
-    known_scaler = read_scaler(scaler, function)
     optimizers = read_optimizers(optimizer, function)
-    max_norm = _arguments.max_norm(max_norm, function)
-    norm_type = _arguments.norm_type(norm_type, function)
-    owners = read_owners(optimizers, function)
-    clipped = [parameter for owner in owners for parameter in owner.clipped]
-    spared = [parameter for owner in owners for parameter in owner.spared]
-    others: list[Tensor] = []
-    if parameters is not None:
-        given = _arguments.tensor_list(parameters, function, "parameters")
-        clipped, spared, others = _divide(given, [*clipped, *spared], function)
     caller = _ops.Caller(function)
+    with raising_together(optimizers, norm_type, caller):
+        known_scaler = read_scaler(scaler, function)
+        max_norm = _arguments.max_norm(max_norm, function)
+        norm_type = _arguments.norm_type(norm_type, function)
+        owners = read_owners(optimizers, function)
+        clipped = [parameter for owner in owners for parameter in owner.clipped]
+        spared = [parameter for owner in owners for parameter in owner.spared]
+        others: list[Tensor] = []
+        if parameters is not None:
+            given = _arguments.tensor_list(parameters, function, "parameters")
+            clipped, spared, others = _divide(given, [*clipped, *spared], function)
     with torch.no_grad(), undone_on_error(known_scaler, optimizers):
-        unscaling = None if known_scaler is None else Unscaling(known_scaler, optimizers)
+        with raising_together(optimizers, norm_type, caller):
+            unscaling = None if known_scaler is None else Unscaling(known_scaler, optimizers)
         inverse = 1.0 if unscaling is None else unscaling.inverse
         measured = measure([(clipped, inverse), (others, 1.0)], norm_type, caller)
         skips: bool | Tensor = False
@@ -114,7 +116,7 @@ def _divide(
     for index, parameter in enumerate(given):
         if not isinstance(parameter, Tensor):
             raise _arguments.item_error(parameter, function, "parameters", index)
-        if parameter.grad is not None:
+        if takes_part(parameter):
             wanted[id(parameter)] = parameter
     own = {id(parameter) for parameter in owned}
     return (

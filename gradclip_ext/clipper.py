@@ -182,7 +182,11 @@ class GradClipper:
                 the scaler may have unscaled the gradients, and takes note of it.
         """
         self._follow()
-        together = ClipperStep(optimizer, scaler, self._settings, self._groups)
+        try:
+            together = ClipperStep(optimizer, scaler, self._settings, self._groups)
+        except Exception as error:
+            raise_together(error, self._settings, self._groups)
+            raise
         with together.unscaled() as inverse:
             step = self._decided(inverse)
             together.write(step)
@@ -329,10 +333,13 @@ class GradClipper:
         """Follow the source to other parameters: what a rule knows of one stays with its name."""
         try:
             self._collection.refresh()
+            self._read_anew()
         except Exception as error:
             # The other ranks of DTensors or process groups would wait for this one.
             raise_together(error, self._settings, self._groups)
             raise
+
+    def _read_anew(self) -> None:
         if self._grouped is self._collection.groups:
             return
         groups = self._read_groups()

@@ -83,11 +83,13 @@ def clip_grad_norm_(
         ValueError: ``max_norm`` is negative or NaN.
     """
     function = "clip_grad_norm_"
-    parameter_list: Sequence[Any] = []
+    read: list[Any] = []
+    parameter_list: Sequence[Any] = read
     try:
-        parameter_list = _arguments.tensor_list(parameters, function, "parameters")
+        parameter_list = _arguments.tensor_list(parameters, function, "parameters", read)
         max_norm = _arguments.max_norm(max_norm, function)
         norm_type = _arguments.norm_type(norm_type, function)
+        error_if_nonfinite = bool(error_if_nonfinite)
         if dtype is not None:
             _arguments.result_dtype(dtype, function)
         groups = _ops.read_process_groups(process_groups, function)
@@ -137,10 +139,12 @@ def get_total_norm(
         TypeError: an argument or an element of ``tensors`` has the wrong type.
     """
     function = "get_total_norm"
-    tensor_list: Sequence[Any] = []
+    read: list[Any] = []
+    tensor_list: Sequence[Any] = read
     try:
-        tensor_list = _arguments.tensor_list(tensors, function, "tensors")
+        tensor_list = _arguments.tensor_list(tensors, function, "tensors", read)
         norm_type = _arguments.norm_type(norm_type, function)
+        error_if_nonfinite = bool(error_if_nonfinite)
         if dtype is not None:
             _arguments.result_dtype(dtype, function)
         groups = _ops.read_process_groups(process_groups, function)

@@ -102,12 +102,12 @@ def grad_norms(
 def _raise_together(error: Exception, source: Any, process_groups: Any, norm_type: Any) -> None:
     """Raise an error of the arguments on all ranks, if there are others."""
     function = "grad_norms"
-    parameters: list[Tensor] = []
+    # A source that is wrong names no other ranks, but process groups may.
     names: tuple[str, ...] = ()
-    # A source that is wrong itself names no other ranks, but process groups may.
+    parameters: list[Tensor] = []
     with contextlib.suppress(Exception):
         collection = Collection(source, function, may_be_empty=True)
-        parameters, names = collection.parameters, collection.names
+        names, parameters = collection.names, collection.parameters
     caller = _ops.Caller(function, names=names)
     sections = [len(parameters)]
     _ops.raise_together(error, parameters, process_groups, caller, norm_type, sections)

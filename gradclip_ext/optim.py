@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradclip_ext import _arguments, _ops
 from gradclip_ext._handover import Factors, Steps, require_gradients
 from gradclip_ext._measured import has_nonfinite, measure
-from gradclip_ext._owners import read_optimizers, read_owners
+from gradclip_ext._owners import raising_together, read_optimizers, read_owners
 from gradclip_ext._scaler import Unscaling, read_scaler, refuse_closure, undone_on_error
 
 __all__ = ["clip_and_step"]
@@ -76,21 +76,28 @@ def clip_and_step(
     """
     function = "clip_and_step"
     optimizers = read_optimizers(optimizer, function)
-    max_norm = _arguments.max_norm(max_norm, function)
-    norm_type = _arguments.norm_type(norm_type, function)
-    skip_nonfinite = _arguments.yes_or_no(skip_nonfinite, function, "skip_nonfinite")
-    scaler = None if scaler is None else read_scaler(scaler, function)
+    caller = _ops.Caller(function)
+    with raising_together(optimizers, norm_type, caller):
+        max_norm = _arguments.max_norm(max_norm, function)
+        norm_type = _arguments.norm_type(norm_type, function)
+        skip_nonfinite = _arguments.yes_or_no(skip_nonfinite, function, "skip_nonfinite")
+        scaler = None if scaler is None else read_scaler(scaler, function)
+        if closure is not None:
+            _arguments.function_without_arguments(closure, function, "closure")
+            refuse_closure(scaler)
     if closure is not None:
-        _arguments.function_without_arguments(closure, function, "closure")
-        refuse_closure(scaler)
+        # Not together: the collectives of a model that it calls are what other ranks wait in.
         with torch.enable_grad():
             closure()
-    owners = read_owners(optimizers, function)
+    with raising_together(optimizers, norm_type, caller):
+        owners = read_owners(optimizers, function)
     clipped = [parameter for owner in owners for parameter in owner.clipped]
     spared = [parameter for owner in owners for parameter in owner.spared]
-    caller = _ops.Caller(function)
     with torch.no_grad(), undone_on_error(scaler, optimizers):
-        unscaling = None if scaler is None else Unscaling(scaler, optimizers)
+        with raising_together(optimizers, norm_type, caller):
+            unscaling = None if scaler is None else Unscaling(scaler, optimizers)
+            if unscaling is not None and unscaling.overflow is None:
+                require_gradients(owners, function)
         inverse = 1.0 if unscaling is None else unscaling.inverse
         measured = measure([(clipped, inverse)], norm_type, caller)
         skips: bool | Tensor = False
@@ -99,7 +106,6 @@ def clip_and_step(
         elif unscaling.overflow is not None:
             skips = unscaling.overflow
         else:
-            require_gradients(owners, function)
             skips = has_nonfinite(clipped, measured.norm, norm_type, caller)
             skips = skips | has_nonfinite(spared, None, norm_type, caller)
             unscaling.report_overflow(skips)

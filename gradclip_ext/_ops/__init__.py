@@ -25,6 +25,7 @@ from gradclip_ext._ops import weight_decay as by_hand
 from gradclip_ext._ops.compiled import outside_graphs
 from gradclip_ext._ops.declined import start_watching, stop_watching
 from gradclip_ext._ops.dtensor import any_in as are_distributed
+from gradclip_ext._ops.dtensor import is_dtensor as is_distributed
 from gradclip_ext._ops.failures import raise_unread
 from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
 from gradclip_ext._ops.observation import compiling
@@ -45,7 +46,7 @@ from gradclip_ext._ops.scalars import (
     square_root,
 )
 from gradclip_ext._ops.sharded import global_norms
-from gradclip_ext._ops.together import raise_together
+from gradclip_ext._ops.together import raise_together, raise_together_for_units
 from gradclip_ext._ops.torch_ops import NORM_EPSILON, promoted_dtype
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "have_native_units",
     "holds_twice",
     "in_tensor",
+    "is_distributed",
     "isfinite",
     "known",
     "lerp",
@@ -85,6 +87,7 @@ __all__ = [
     "project_",
     "quotient",
     "raise_together",
+    "raise_together_for_units",
     "raise_unread",
     "read_process_groups",
     "refuse_meta",
@@ -384,9 +387,12 @@ def holds_twice(parameters: Sequence[Any]) -> bool:
 
 
 def have_float64(parameters: Sequence[Any]) -> bool:
-    """Whether any gradient is float64, the squares of whose finite elements may overflow."""
+    """Whether any gradient is float64, the squares of whose finite elements may overflow.
+
+    Where there is none, another rank may have one, of the parameter's dtype.
+    """
     wide = (torch.float64, torch.complex128)
-    return any(p.grad is not None and p.grad.dtype in wide for p in parameters)
+    return any((p if p.grad is None else p.grad).dtype in wide for p in parameters)
 
 
 def are_complex(parameters: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from gradclip_ext._ops import torch_private
 from gradclip_ext._ops.exchange import INFINITY, Exchange
 from gradclip_ext._ops.meshes import Mesh
 from gradclip_ext._ops.shares import Share, Shares
-from gradclip_ext._ops.torch_ops import tensor_norm
+from gradclip_ext._ops.torch_ops import summed_dtype, tensor_norm
 
 __all__ = ["Algebra"]
 
@@ -131,8 +131,11 @@ class Algebra:
         tensors = [tensor for share in shares for tensor in share.summands]
         factors = [share.average_factor for share in shares for _ in share.summands]
         norms = [torch.zeros((), dtype=torch.float64, device=self.exchange.device)] * len(tensors)
-        # In 16 bits the sums would be rounded once for each rank.
-        dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        dtypes = [summed_dtype(tensor.dtype) for tensor in tensors]
+        if self.exchange.has_failed:
+            # Others may not know, and what is wrong with these may be that they cannot be read.
+            device = self.exchange.device
+            tensors = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors]
         for dtype in sorted(set(dtypes), key=str):
             places = [place for place, own in enumerate(dtypes) if own == dtype]
             flat = torch.cat([tensors[place].to(dtype).reshape(-1) for place in places])

@@ -24,7 +24,7 @@ from gradclip_ext._ops.process_groups import Group
 
 __all__ = ["INFINITY", "PUBLICATIONS", "Exchange", "Flags", "host_knows"]
 
-_LEAST_LENGTH = 8
+_LEAST_LENGTH, _NEXT_LENGTH = 512, 8
 # How many texts of a rank are kept for the others.
 PUBLICATIONS = 16
 
@@ -41,9 +41,13 @@ _MOST_MADE = 1000
 # the squares of these; how many disagreements were found; how many ranks have failed, the sum of
 # their ranks and of the squares of these, which tells a single one, and of the numbers of what they
 # have published; the same of those that hold something that is not finite.
-# At the end of each vector of maxima: signature, its negative, disagreements, which rank has failed
-# and what it has published in one number, likewise for what is not finite.
+# At the end of each vector of maxima: signature, its negative, the bits of a NaN, disagreements,
+# which rank has failed and what it has published in one number, likewise for what is not finite,
+# and zeros up to the same length. So all find out where one rank sums and another maximizes: the
+# NaN spoils what is taken for squares, and a sum read as bits is larger than any signature.
 _SUMS = 4
+_NAN_BITS = INFINITY + (1 << 51)
+_FIRST_CARRIED = 3
 
 
 class Flags(NamedTuple):
@@ -144,7 +148,16 @@ class Exchange:
             buckets: ``2 ** len(groups)`` 1-D tensors of the same length; the one at a place travels
                 over the groups whose bits are set in the number of the place. Replaced.
         """
+        flags, covering = self.flags, [mesh.ranks for mesh in self.meshes]
         for place, group in enumerate(self.groups):
+            if (
+                flags
+                and flags.is_known
+                and flags.failed
+                and any(ranks.issuperset(group.ranks) for ranks in covering)
+            ):
+                # All its ranks know, and the one that failed may not know the group.
+                continue
             moving = [number for number in range(len(buckets)) if number >> place & 1]
             for number in moving:
                 for earlier, other in enumerate(self.groups[:place]):
@@ -199,9 +212,11 @@ class Exchange:
     def _reduce(self, parts: list[Tensor], group: Any, told: object) -> Tensor:
         signature = zlib.crc32(repr((self._norm_type, told)).encode()) & 0xFFFF
         length = sum(part.numel() for part in parts)
-        # Of a length that lists of almost the same length share: where they differ, the signature
-        # tells, while a collective of different lengths would hang or end the process.
-        padded = max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
+        # Of a length that most lists share: where they differ, the signature tells, while a
+        # collective of different lengths would hang or end the process.
+        padded = _LEAST_LENGTH
+        while padded < length:
+            padded *= _NEXT_LENGTH
         padding = self.nothing(padded - length)
         operation = "max" if self.is_maximum else "sum"
         vector = torch.cat([*parts, padding, self._tail(float(signature))])
@@ -215,9 +230,11 @@ class Exchange:
             none = [0.0] * len(told)
             failed = told if self.has_failed else none
             nonfinite = told if self.holds_nonfinite else none
-            self._carried = self._made([0.0, *failed, *nonfinite])
+            same_length = [0.0] * (2 * (_SUMS - len(told)))
+            self._carried = self._made([0.0, *failed, *nonfinite, *same_length])
         if self.is_maximum:
-            return torch.cat([self._made([signature, -signature]), self._carried])
+            numbers = [signature, -signature, float(_NAN_BITS)]
+            return torch.cat([self._made(numbers), self._carried])
         return torch.cat([self._made([1.0, signature, signature * signature]), self._carried])
 
     def _told(self) -> list[float]:
@@ -242,8 +259,7 @@ class Exchange:
         self.tail = tail
         numbers: Any = tail.tolist() if host_knows(tail) else tail
         self.flags = self._flags_in(numbers, host_knows(tail))
-        first = 2 if self.is_maximum else 3
-        self._carried = tail[first:].clone()
+        self._carried = tail[_FIRST_CARRIED:].clone()
         self._carried[0] = self._carried[0] + self.flags.disagrees
 
     def flags_in(self, tail: Tensor) -> Flags:
@@ -252,7 +268,7 @@ class Exchange:
 
     def _flags_in(self, numbers: Any, is_known: bool) -> Flags:
         if self.is_maximum:
-            high, low, found, failed, nonfinite = numbers
+            high, low, _, found, failed, nonfinite = numbers[: _FIRST_CARRIED + 3]
             disagrees = high + low != 0
             ranks = (_largest(failed), _largest(nonfinite)) if is_known else (None, None)
         else:
@@ -279,4 +295,5 @@ def _single(
 
 def _largest(number: int) -> tuple[int, int] | None:
     rank, publication = divmod(number, PUBLICATIONS)
-    return (rank - 1, publication) if number > 0 else None
+    # Not the bits of a number that a rank has summed.
+    return (rank - 1, publication) if 0 < number < 1 << 52 else None

@@ -75,6 +75,11 @@ def clip_grad_norm_(
     caller: Caller,
 ) -> Tensor:
     shares = Shares(parameters, True, groups, caller)
+    if isinstance(max_norm, Tensor) and max_norm.is_meta:
+        # Or other ranks would have clipped before this one finds no number.
+        shares.fail(
+            ValueError(f"{caller.function}: max_norm is on the meta device and has no value")
+        )
     with _profiler_range(caller):
         norms = measure(
             shares,
@@ -295,7 +300,7 @@ def measure(
         local = torch.zeros(len(shares.tensors), dtype=torch.float64, device="cpu")
     device = _exchange_device(shares, groups)
     partial = [
-        (share.mesh.key, (share.partial, sum(gradient.numel() for gradient in share.given)))
+        (share.mesh.key, (share.partial, *share.summand_sizes))
         for share in shares.shares
         if share.mesh is not None and share.partial
     ]

@@ -17,7 +17,7 @@ from gradclip_ext._ops import dtensor, sharded, units
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.shares import Shares
 
-__all__ = ["clip_units_"]
+__all__ = ["clip_units_", "raise_together"]
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def clip_units_(
     Returns:
         The smallest coefficient on all ranks, 0-dim and float64; None if there is no gradient.
     """
-    # By the parameters alone, so that all ranks exchange the same.
-    split = [place for place, p in enumerate(parameters) if dtensor.is_split_unit(p)]
+    split = _split_units(parameters)
     given: list[tuple[Tensor, Tensor]] = []
 
     def read() -> None:
@@ -57,6 +56,21 @@ def clip_units_(
     found = [number.to(smallest[0].device) for number in smallest]
     least = torch.stack(found).min() if found else None
     return sharded.smallest_over_ranks(parameters, least, caller)
+
+
+@torch.no_grad()
+def raise_together(error: Exception, parameters: Sequence[Any], caller: Caller) -> None:
+    """Raise an error of this rank's arguments on all ranks, which have called the above."""
+
+    def fail() -> None:
+        raise error
+
+    _norms_of(parameters, _split_units(parameters), True, caller, fail)
+
+
+def _split_units(parameters: Sequence[Any]) -> list[int]:
+    """Where units stand that are split; by the parameters alone, so that all ranks agree."""
+    return [place for place, p in enumerate(parameters) if dtensor.is_split_unit(p)]
 
 
 def _norms_of(

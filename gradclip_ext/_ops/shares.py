@@ -55,6 +55,15 @@ class Share:
         return self.tensors if self.decayed is None else self.decayed
 
     @property
+    def summand_sizes(self) -> list[tuple[str, int]]:
+        """Of each dtype that is added up, how many elements the gradients have, as wholes."""
+        sizes: dict[str, int] = {}
+        for gradient in self.given:
+            dtype = str(torch_ops.summed_dtype(gradient.dtype))
+            sizes[dtype] = sizes.get(dtype, 0) + gradient.numel()
+        return sorted(sizes.items())
+
+    @property
     def partial(self) -> tuple[int, ...]:
         """The mesh dimensions over which the gradients have yet to be added up."""
         dimensions = self.mesh.dimensions if self.mesh is not None else ()
@@ -261,7 +270,7 @@ class Shares:
                 )
             )
         kept = [share for share in shares if share not in outside]
-        reference = max(self.meshes, key=lambda m: (len(m.ranks), m.key), default=None)
+        reference = max(self.meshes, key=_order_among_references, default=None)
         for share in kept:
             if share.mesh is None and reference is not None:
                 share.mesh = reference
@@ -372,6 +381,16 @@ class Shares:
                 torch.autograd.graph.increment_version(share.given)
             if of_parts:
                 torch.autograd.graph.increment_version(share.tensors)
+
+
+def _order_among_references(mesh: Mesh) -> tuple[Any, ...]:
+    """The largest mesh is the one on all of whose ranks plain tensors are copies.
+
+    Of several of a size all ranks have to choose alike, also where each knows other ones: groups
+    that were made into meshes are roots, which begin at a rank of their own.
+    """
+    first = min(mesh.ranks)
+    return len(mesh.ranks), mesh.key[1], sorted(rank - first for rank in mesh.ranks), mesh.key
 
 
 def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:

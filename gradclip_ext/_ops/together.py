@@ -1,4 +1,7 @@
-"""Errors of arguments, which are raised on every rank that would wait for this one."""
+"""Errors of arguments that all ranks raise, of which only one has found them.
+
+The others are in the collectives of the same call, so this rank goes through these as well.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from gradclip_ext._ops import sharded
+from gradclip_ext._ops import sharded, sharded_units
 from gradclip_ext._ops.dtensor import any_in as are_distributed
 from gradclip_ext._ops.gradients import Caller
 from gradclip_ext._ops.process_groups import Group, read_process_groups
 
-__all__ = ["raise_together"]
+__all__ = ["raise_together", "raise_together_for_units"]
 
 
 def raise_together(
@@ -40,3 +43,9 @@ def raise_together(
     with contextlib.suppress(Exception):
         order = float(norm_type)
     sharded.raise_together(error, tensors, groups, caller, order, sections)
+
+
+def raise_together_for_units(error: Exception, parameters: Sequence[Any], caller: Caller) -> None:
+    """As :func:`raise_together`, where the others have called :func:`clip_units_`."""
+    if are_distributed(parameters):
+        sharded_units.raise_together(error, parameters, caller)

@@ -57,6 +57,11 @@ def total_norm(
     return result if dtype is None else result.to(dtype)
 
 
+def summed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors are added up in over ranks: in 16 bits they would be rounded for each rank."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def tensor_norm(tensor: Tensor, norm_type: float) -> Tensor:
     """The norm of one tensor, accumulated in float64; 0 where it is empty."""
     if tensor.numel() == 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -54,13 +55,20 @@ def adaptive_clip_grad_(
             [0.0000, 0.0010]])
     """
     function = "adaptive_clip_grad_"
-    items = _arguments.tensor_list(parameters, function, "parameters")
-    clip_factor = _arguments.positive(clip_factor, function, "clip_factor")
-    eps = _arguments.positive(eps, function, "eps")
-    for index, item in enumerate(items):
-        if not isinstance(item, Tensor):
-            raise _arguments.item_error(item, function, "parameters", index)
-    _ops.clip_units_(items, clip_factor, eps, _ops.Caller(function))
+    caller = _ops.Caller(function)
+    read: list[Any] = []
+    items: Sequence[Any] = read
+    try:
+        items = _arguments.tensor_list(parameters, function, "parameters", read)
+        clip_factor = _arguments.positive(clip_factor, function, "clip_factor")
+        eps = _arguments.positive(eps, function, "eps")
+        for index, item in enumerate(items):
+            if not isinstance(item, Tensor):
+                raise _arguments.item_error(item, function, "parameters", index)
+    except Exception as error:
+        _ops.raise_together_for_units(error, items, caller)
+        raise
+    _ops.clip_units_(items, clip_factor, eps, caller)
 
 
 class AGC(StatelessRule):

@@ -9,7 +9,8 @@ from typing import Any
 import mixes
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import gradclip_ext
 
@@ -183,6 +184,59 @@ def drifted() -> Any:
     return found
 
 
+def beside_meshes_of_groups() -> Any:
+    """A plain tensor beside meshes of two groups, of which each rank knows only its own."""
+    own = torch.distributed.get_rank()
+    rows = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    columns = [torch.distributed.new_group([0, 2]), torch.distributed.new_group([1, 3])]
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    for group, place in ((rows[own // 2], own % 2), (columns[own % 2], own // 2)):
+        mesh = DeviceMesh.from_group(group, "cpu")
+        part = torch.tensor([[12.0], [0.0]][place])
+        weight = DTensor.from_local(torch.zeros(1), mesh, [Shard(0)])
+        parameters.append(torch.nn.Parameter(weight))
+        parameters[-1].grad = DTensor.from_local(part, mesh, [Shard(0)])
+    return [
+        repr(gradclip_ext.clip_grad_norm_(parameters, math.inf, order).item())
+        for order in (1.0, math.inf, 2.0)
+    ]
+
+
+def reversed_on_some(name: str) -> Any:
+    """The list in another order on some ranks, whose meshes and groups come in it as well."""
+    entries = mixes.MIXES[name]
+    wholes = mixes.whole_gradients(entries)
+    parameters = mixes.parameters_of(entries, wholes)
+    if torch.distributed.get_rank() in (1, 2):
+        parameters.reverse()
+    norms = [
+        gradclip_ext.clip_grad_norm_(parameters, math.inf, order).item()
+        for order in (2.0, math.inf)
+    ]
+    return norms, [norm_of(wholes), max(whole.abs().max().item() for whole in wholes)]
+
+
+def nan_among_numbers(sign: float) -> Any:
+    """A NaN on one rank, in the norms that are maxima and minima over ranks."""
+    entries = mixes.MIXES["fsdp"]
+    parameters = mixes.parameters_of(entries, mixes.whole_gradients(entries))
+    if torch.distributed.get_rank() == 1:
+        parameters[0].grad.to_local().view(-1)[0] = math.copysign(math.nan, sign)
+    gradients = [parameter.grad for parameter in parameters]
+    norms = [gradclip_ext.get_total_norm(gradients, order) for order in (math.inf, -math.inf)]
+    return [repr(norm.full_tensor().item()) for norm in norms]
+
+
+def copies_in_a_group(same: bool) -> Any:
+    """A plain tensor beside a mesh whose ranks are also a group, of which it is split or a copy."""
+    weight = mixes.parameters_of([mixes.Entry((4,), mixes.FLAT, (mixes.S0,))], [torch.zeros(4)])
+    plain = torch.nn.Parameter(torch.zeros(2))
+    plain.grad = torch.tensor([3.0, 4.0])
+    group = gradclip_ext.ShardGroup(torch.distributed.group.WORLD, lambda _: same)
+    return gradclip_ext.clip_grad_norm_([*weight, plain], math.inf, process_groups=group).item()
+
+
 # In the test process.
 
 
@@ -268,3 +322,25 @@ def test_copies_that_have_drifted(world):
     answers = world(4).run(drifted)
     assert all(answer == answers[0] for answer in answers)
     assert answers[0] == ["2.0", "1.0", "nan", "nan", "nan", "inf"]
+
+
+def test_plain_tensors_beside_meshes_of_groups(world):
+    for found in world(4).run(beside_meshes_of_groups):
+        assert list(map(float, found)) == [31.0, 12.0, pytest.approx(math.sqrt(313.0))]
+
+
+@pytest.mark.parametrize("name", ["crossing meshes", "expert parallel beside data parallel"])
+def test_lists_in_another_order(world, name):
+    for norms, expected in world(4).run(reversed_on_some, name):
+        assert norms == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_among_numbers(world, sign):
+    for norms in world(4).run(nan_among_numbers, sign):
+        assert norms == ["nan", "nan"]
+
+
+@pytest.mark.parametrize("same, expected", [(True, 5.0), (False, 10.0)])
+def test_copies_in_a_group_of_a_mesh(world, same, expected):
+    assert world(4).run(copies_in_a_group, same) == [pytest.approx(expected)] * 4

@@ -279,6 +279,18 @@ def groups_of_one_rank() -> Any:
     return found, alone
 
 
+def nested(is_first: bool, norm_type: float) -> Any:
+    """A group within another: each rank is counted once."""
+    part, whole = mixes.mesh_of("tp").get_group(), torch.distributed.group.WORLD
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([float(torch.distributed.get_rank() + 1)])
+    groups = [part, whole] if is_first else [whole, part]
+    norm = gradclip_ext.clip_grad_norm_([parameter], math.inf, norm_type, process_groups=groups)
+    norms = gradclip_ext.grad_norms([parameter], norm_type, process_groups=groups)
+    assert norms.total.item() == pytest.approx(norm.item(), rel=1e-6)
+    return norm.item()
+
+
 # In the test process.
 
 
@@ -388,3 +400,10 @@ def test_without_an_initialized_process_group():
     with pytest.raises(RuntimeError, match=r"torch\.distributed, which is not initialized"):
         gradclip_ext.clip_grad_norm_([parameter], 1.0, process_groups=ShardGroup(None))
     assert parameter.grad.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("norm_type, expected", [(1.0, 10.0), (2.0, 30.0**0.5), (math.inf, 4.0)])
+def test_a_group_within_another(world, is_first, norm_type, expected):
+    for found in world(4).run(nested, is_first, norm_type):
+        assert found == pytest.approx(expected, rel=1e-6)
