@@ -108,7 +108,7 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float) -> int | None
     given, _ = _grads(parameters)
     if not _are_native(given, 2.0, accept_complex=False) or given[0].device.type != "cpu":
         return None
-    _write(_CLAMP_, given, _in_tensor(clip_value, given[0].device))
+    _clamp(given, _in_tensor(clip_value, given[0].device))
     return len(given)
 
 
@@ -206,11 +206,31 @@ def _clip(given: list[Tensor], max_norm: float | Tensor, norm: Tensor) -> None:
 
 
 def _scale(given: list[Tensor], coefficient: Tensor) -> None:
-    _write(_SCALE_, [tensor for tensor in given if not tensor.is_complex()], coefficient)
-    # Inductor (torch 2.13) compiles no operator that is not torch's own and writes complex tensors.
-    others = [tensor for tensor in given if tensor.is_complex()]
+    ours, others = _split(given)
+    _write(_SCALE_, ours, coefficient)
     if others:
-        torch_ops.scale_(others, coefficient, None)
+        # One by one, since they may overlap.
+        torch_ops.scale_(others, coefficient, foreach=False)
+
+
+def _clamp(given: list[Tensor], bound: Tensor) -> None:
+    ours, others = _split(given)
+    _write(_CLAMP_, ours, bound)
+    for tensor in others:
+        tensor.clamp_(min=-bound, max=bound)
+
+
+def _split(given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that Inductor can let an operator write that is not torch's own, and the others."""
+    ours: list[Tensor] = []
+    others: list[Tensor] = []
+    for tensor in given:
+        # It refuses complex tensors (torch 2.13).
+        is_ours = not tensor.is_complex() and (
+            torch_private.OPERATORS_MAY_WRITE_PARTS or not _is_part(tensor)
+        )
+        (ours if is_ours else others).append(tensor)
+    return ours, others
 
 
 def _write(operator: Any, tensors: list[Tensor], number: Tensor) -> None:

@@ -273,8 +273,10 @@ class TestSharedStorages:
         parameters, before = bucket_views([(4,), (3, 5), (100, 33)])
         graphs = Graphs()
         norm = graphs.compiled(lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0))(parameters)
-        assert graphs.operators() == ["total_norm", "scale_", "scale_", "scale_"]
         check_clipped(parameters, before, norm)
+        # Inductor of torch 2.6 would lose what is written.
+        own = ["scale_"] * 3 if ref.WITHOUT_GRAPH_BREAKS else []
+        assert graphs.operators() == ["total_norm", *own]
 
     def test_gradients_that_overlap(self):
         def clip(parameters):
