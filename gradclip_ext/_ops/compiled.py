@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.torch_version import TorchVersion
 
 # Loads the library that registers the operators.
 from gradclip_ext import _C  # noqa: F401
@@ -44,6 +45,10 @@ _COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _DEVICE_TYPES = tuple(
     name for name in ("cpu", "cuda") if torch_private.is_implemented(_SCALE_, name)
 )
+
+# In torch 2.6 Inductor loses what an operator that is not torch's own writes to a tensor which
+# shares its storage with another input. Releases in between were not tried.
+_MAY_WRITE_PARTS = TorchVersion(torch.__version__) >= "2.13"
 
 # The functions that break a graph, by name, and the same once no compiler traces them.
 _OUTSIDE_GRAPHS: dict[str, Callable[..., Any]] = {}
@@ -226,9 +231,7 @@ def _split(given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     others: list[Tensor] = []
     for tensor in given:
         # It refuses complex tensors (torch 2.13).
-        is_ours = not tensor.is_complex() and (
-            torch_private.OPERATORS_MAY_WRITE_PARTS or not _is_part(tensor)
-        )
+        is_ours = not tensor.is_complex() and (_MAY_WRITE_PARTS or not _is_part(tensor))
         (ours if is_ours else others).append(tensor)
     return ours, others
 

@@ -15,13 +15,11 @@ import torch.optim.optimizer as optimizer_module
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils.clip_grad import _get_total_norm
-from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    "OPERATORS_MAY_WRITE_PARTS",
     "DeviceContext",
     "UnscaleGrads",
     "all_reduce",
@@ -120,11 +118,6 @@ def is_exporting() -> bool:
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
     return not torch.compiler.is_dynamo_compiling()
-
-
-# In torch 2.6 Inductor loses what an operator that is not torch's own writes to a tensor which
-# shares its storage with another input. Releases in between were not tried.
-OPERATORS_MAY_WRITE_PARTS = TorchVersion(torch.__version__) >= "2.13"
 
 
 def is_implemented(operator: Any, device_type: str) -> bool:
