@@ -84,7 +84,7 @@ def _remedy_for_container(value: Any) -> str | None:
             "model.parameters()"
         )
     # Python also iterates over objects that have __getitem__.
-    iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
+    iterable = isinstance(value, Iterable) or hasattr(type(value), "__getitem__")
     if isinstance(value, str) or not iterable:
         return "pass model.parameters()"
     return None

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.torch_version import TorchVersion
 
 # Loads the library that registers the operators.
 from gradclip_ext import _C  # noqa: F401
@@ -44,6 +45,10 @@ _COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _DEVICE_TYPES = tuple(
     name for name in ("cpu", "cuda") if torch_private.is_implemented(_SCALE_, name)
 )
+
+# In torch 2.6 Inductor loses what an operator that is not torch's own writes to a tensor which
+# shares its storage with another input. Releases in between were not tried.
+_MAY_WRITE_PARTS = TorchVersion(torch.__version__) >= "2.13"
 
 # The functions that break a graph, by name, and the same once no compiler traces them.
 _OUTSIDE_GRAPHS: dict[str, Callable[..., Any]] = {}
@@ -108,7 +113,7 @@ def clip_grad_value_(parameters: Sequence[Any], clip_value: float) -> int | None
     given, _ = _grads(parameters)
     if not _are_native(given, 2.0, accept_complex=False) or given[0].device.type != "cpu":
         return None
-    _write(_CLAMP_, given, _in_tensor(clip_value, given[0].device))
+    _clamp(given, _in_tensor(clip_value, given[0].device))
     return len(given)
 
 
@@ -206,11 +211,29 @@ def _clip(given: list[Tensor], max_norm: float | Tensor, norm: Tensor) -> None:
 
 
 def _scale(given: list[Tensor], coefficient: Tensor) -> None:
-    _write(_SCALE_, [tensor for tensor in given if not tensor.is_complex()], coefficient)
-    # Inductor (torch 2.13) compiles no operator that is not torch's own and writes complex tensors.
-    others = [tensor for tensor in given if tensor.is_complex()]
+    ours, others = _split(given)
+    _write(_SCALE_, ours, coefficient)
     if others:
-        torch_ops.scale_(others, coefficient, None)
+        # One by one, since they may overlap.
+        torch_ops.scale_(others, coefficient, foreach=False)
+
+
+def _clamp(given: list[Tensor], bound: Tensor) -> None:
+    ours, others = _split(given)
+    _write(_CLAMP_, ours, bound)
+    for tensor in others:
+        tensor.clamp_(min=-bound, max=bound)
+
+
+def _split(given: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that Inductor can let an operator write that is not torch's own, and the others."""
+    ours: list[Tensor] = []
+    others: list[Tensor] = []
+    for tensor in given:
+        # It refuses complex tensors (torch 2.13).
+        is_ours = not tensor.is_complex() and (_MAY_WRITE_PARTS or not _is_part(tensor))
+        (ours if is_ours else others).append(tensor)
+    return ours, others
 
 
 def _write(operator: Any, tensors: list[Tensor], number: Tensor) -> None:

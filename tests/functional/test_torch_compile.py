@@ -126,6 +126,15 @@ class TestResults:
         assert norm.dtype == torch.float64
         check_clipped(parameters, before, norm)
 
+    def test_parameters_from_a_generator(self):
+        model = nn.Linear(4, 3)
+        gradients = [ref.random_gradient(p.shape, seed=i) for i, p in enumerate(model.parameters())]
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        before = [ref.widened(gradient) for gradient in gradients]
+        norm = Graphs().compiled(lambda m: gradclip_ext.clip_grad_norm_(m.parameters(), 1.0))(model)
+        check_clipped(list(model.parameters()), before, norm)
+
     @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
     def test_empty_gradients_alone(self, dtype, norm_type):
@@ -264,8 +273,10 @@ class TestSharedStorages:
         parameters, before = bucket_views([(4,), (3, 5), (100, 33)])
         graphs = Graphs()
         norm = graphs.compiled(lambda ps: gradclip_ext.clip_grad_norm_(ps, 1.0))(parameters)
-        assert graphs.operators() == ["total_norm", "scale_", "scale_", "scale_"]
         check_clipped(parameters, before, norm)
+        # Inductor of torch 2.6 would lose what is written.
+        own = ["scale_"] * 3 if ref.WITHOUT_GRAPH_BREAKS else []
+        assert graphs.operators() == ["total_norm", *own]
 
     def test_gradients_that_overlap(self):
         def clip(parameters):
