@@ -64,7 +64,11 @@ def read_process_groups(process_groups: Any, function: str) -> tuple[Group, ...]
     """
     if process_groups is None:
         return ()
-    if isinstance(process_groups, tuple) and all(isinstance(g, Group) for g in process_groups):
+    if (
+        isinstance(process_groups, tuple)
+        and process_groups
+        and all(isinstance(group, Group) for group in process_groups)
+    ):
         # Read before.
         return process_groups
     return _read_all(process_groups, function)

@@ -227,6 +227,7 @@ def refuse(kind: str) -> Any:
     wrong: dict[str, Any] = {
         "type": lambda: 3,
         "no groups": list,
+        "no groups in a tuple": tuple,
         "twice": lambda: [tensor_parallel(), tensor_parallel()],
         "two dimensions": lambda: mixes.mesh_of(mixes.GRID),
         "predicate": lambda: ShardGroup(tensor_parallel(), replicated=True),
@@ -356,6 +357,7 @@ def test_decisions(world, size, rule):
             "process_groups has to be a ProcessGroup, a DeviceMesh or a ShardGroup",
         ),
         ("no groups", "ValueError", "at least one group"),
+        ("no groups in a tuple", "ValueError", "at least one group"),
         ("twice", "ValueError", "process_groups[0] and process_groups[1] have the same ranks"),
         ("two dimensions", "ValueError", "mesh of one dimension, found one of 2"),
         ("predicate", "TypeError", "process_groups.replicated has to be a function"),
