@@ -73,6 +73,9 @@ def unscale_and_clip_grad_norm_(
     >>> scaler.update()
     """
     function = "unscale_and_clip_grad_norm_"
+    if isinstance(optimizer, GradScaler):
+        # Where both are in each other's place, the error is that of the first.
+        read_scaler(scaler, function)
     optimizers = read_optimizers(optimizer, function)
     caller = _ops.Caller(function)
     with raising_together(optimizers, norm_type, caller):
