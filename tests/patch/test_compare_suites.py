@@ -10,7 +10,11 @@ from programs import CLIPPING
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "compare_suites.py"
 
-pytestmark = pytest.mark.skipif(not TOOL.is_file(), reason="needs the sources")
+pytestmark = [
+    # Of other processes, which take the same way on every build.
+    pytest.mark.install,
+    pytest.mark.skipif(not TOOL.is_file(), reason="needs the sources"),
+]
 
 SUITE = (
     CLIPPING

@@ -13,13 +13,13 @@ from programs import CLIPPING, ENTRY_POINT
 IS_OURS = CLIPPING + "print(clip() < float('inf'))\n"
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
+# Of other processes, which take the same way on every build.
+pytestmark = pytest.mark.install
+
 MULTIPROCESSING = (
     CLIPPING
     + """
 import multiprocessing, os, sys
-
-# Of other processes, which take the same way on every build.
-pytestmark = pytest.mark.install
 def work(count):
     print(clip(count) < float("inf"))
 if __name__ == "__main__":
