@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -23,6 +24,11 @@ def clip(times=1, **arguments):
         norm = torch.nn.utils.clip_grad_norm_(weight, 1.0, **arguments)
     return norm.item()
 """
+
+
+def _can_be_interrupted() -> None:
+    """Undo what a shell does to what it runs in the background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def register(folder: Path) -> None:
@@ -63,6 +69,7 @@ class Programs:
             text=True,
             timeout=120,
             check=False,
+            preexec_fn=_can_be_interrupted,
         )
 
     def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
