@@ -93,7 +93,8 @@ def test_no_script_imports_a_script() -> None:
     scripts = {name for name, text in sources.items() if '\nif __name__ == "__main__":\n' in text}
     assert scripts == {
         *("clip", "clipper", "step", "instructions", "plot", "shortfalls"),
-        *("amp_train", "char_rnn", "watch_norms"),
+        *("distributed", "scaling"),
+        *("amp_train", "char_rnn", "fsdp2_train", "watch_norms"),
     }
     imports = {name: imported_names(ast.parse(text)) & scripts for name, text in sources.items()}
     assert not any(imports.values()), imports
