@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from clocks import quantiles
-from implementations import OURS, REFERENCE
+from implementations import CLIPPER, OURS, REFERENCE, TITAN
 from report import Table, default_path, environment, save
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,8 +45,7 @@ from tqdm import tqdm
 
 import gradclip_ext
 
-LOCAL, GET, NORMS, CLIPPER = "local", "get_total_norm", "grad_norms", "GradClipper.clip_"
-TITAN = "torch, as torchtitan"
+LOCAL, GET, NORMS = "local", "get_total_norm", "grad_norms"
 WORLDS = (1, 2)
 PARAMETERS = (100, 1000, 5000)
 KINDS = {"quiet": 3.0, "clip": 1.0 / 3.0}

@@ -18,6 +18,8 @@ ClipNorm = Callable[[Parameters, float], Tensor]
 ClipValue = Callable[[Parameters, float], None]
 
 OURS, REFERENCE = "gradclip_ext", "torch"
+# Of distributed gradients.
+CLIPPER, TITAN = "GradClipper.clip_", "torch, as torchtitan"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
+from figures import BLACK, BLUE, SKY_BLUE, STYLES, finish, microseconds
 from implementations import OURS, REFERENCE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,12 +22,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Row = dict[str, Any]
 
-# From the Okabe-Ito palette, which is safe for the colour-blind. Marker shapes differ as well.
-BLUE, VERMILION, SKY_BLUE, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
-STYLES: dict[str, dict[str, Any]] = {
-    REFERENCE: {"color": VERMILION, "marker": "s", "label": "torch.nn.utils"},
-    OURS: {"color": BLUE, "marker": "o", "label": "gradclip_ext"},
-}
 KINDS = {
     "quiet": "norm below max_norm: nothing to change",
     "clip": "norm above max_norm: gradients are scaled",
@@ -44,15 +39,6 @@ def of_kind(rows: list[Row], kind: str) -> list[Row]:
 
 def name_of(row: Row) -> str:
     return row["workload"] if row["dtype"] == "float32" else f"{row['workload']}, {row['dtype']}"
-
-
-def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def caption(report: dict[str, Any]) -> str:
@@ -115,12 +101,6 @@ def speedup(report: dict[str, Any]) -> Figure:
     axes.grid(False, axis="y")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def microseconds(value: float, _: object) -> str:
-    if value >= 1e6:
-        return f"{value / 1e6:g} s"
-    return f"{value / 1e3:g} ms" if value >= 1e3 else f"{value:g} µs"
 
 
 def number_of_bytes(value: float, _: object) -> str:

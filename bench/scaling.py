@@ -43,10 +43,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from distributed import CLIPPER, OURS, REFERENCE, TITAN
+from figures import BLACK, SKY_BLUE, STYLES, finish, microseconds
+from implementations import CLIPPER, OURS, REFERENCE, TITAN
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from plot import BLACK, SKY_BLUE, STYLES, finish, microseconds
 from report import RESULTS_FOLDER, Table, save
 
 RANKS = (8, 64, 512, 4096, 16384)
