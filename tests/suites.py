@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
+_CPU_ONLY = re.compile(r"^pytestmark = .*\bcpu_only\b", re.MULTILINE)
 
 # On the CPU, on CUDA, and on the emulated CUDA engine: their tensors name no device, so setting a
 # default device is enough. A file that tests the CPU only says so: pytestmark = cpu_only.
 ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "optim", "textbook", "thresholds"}
 # On every build of the package, once.
-ON_EVERY_BUILD = {"distributed", "gpu", "package", "patch"}
-# Of the sources: they do not test the build that they run on, or compile csrc themselves.
-OF_THE_SOURCES = {"bench", "examples", "native"}
+ON_EVERY_BUILD = {"gpu", "package", "patch"}
+# Once: they do not test the build that they run on, or compile csrc themselves, or take long and ask
+# of the native engine only what the suites above ask of it on every build.
+OF_THE_SOURCES = {"bench", "distributed", "examples", "native"}
 # In an environment of their own, which `make frameworks` creates.
 WITH_FRAMEWORKS = {"frameworks"}
 
@@ -36,8 +39,4 @@ def folder_of(file: Path) -> str:
 def device_suites() -> list[Path]:
     """The test files that run on every device."""
     files = (file for folder in ON_EVERY_DEVICE for file in (TESTS / folder).rglob("test_*.py"))
-    return sorted(
-        file
-        for file in files
-        if "pytestmark = pytest.mark.cpu_only\n" not in file.read_text(encoding="utf-8")
-    )
+    return sorted(file for file in files if not _CPU_ONLY.search(file.read_text(encoding="utf-8")))
