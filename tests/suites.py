@@ -14,8 +14,8 @@ _CPU_ONLY = re.compile(r"^pytestmark = .*\bcpu_only\b", re.MULTILINE)
 ON_EVERY_DEVICE = {"amp", "clipper", "functional", "norms", "optim", "textbook", "thresholds"}
 # On every build of the package, once.
 ON_EVERY_BUILD = {"gpu", "package", "patch"}
-# Once: they do not test the build that they run on, or compile csrc themselves, or take long and ask
-# of the native engine only what the suites above ask of it on every build.
+# Once: they do not test the build that they run on, or compile csrc themselves, or take long and
+# ask of the native engine only what the suites above ask of it on every build.
 OF_THE_SOURCES = {"bench", "distributed", "examples", "native"}
 # In an environment of their own, which `make frameworks` creates.
 WITH_FRAMEWORKS = {"frameworks"}
