@@ -374,20 +374,26 @@ def _default_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+def _set_by(cls: type) -> tuple[str, ...]:
+    """The attributes that the constructor of a class uses."""
+    names: tuple[str, ...] = inspect.unwrap(cls.__init__).__code__.co_names  # type: ignore[misc]
+    return names
+
+
 def require_names() -> None:
     """Raise, naming the version of torch, if it has moved what the functions above rely on."""
-    optimizer = torch.optim.SGD([torch.zeros(1, device="cpu")], fused=True)
-    scaler = GradScaler("cpu")
+    # What an optimizer sets is read from its code: making one imports torch's compiler, which takes
+    # longer than all of the rest.
     moved = [
         name
-        for name, owner in (
-            ("GradScaler._unscale_grads_", GradScaler),
-            ("GradScaler._per_optimizer_states", scaler),
-            ("Optimizer._optimizer_step_pre_hooks", optimizer),
-            ("optim.optimizer._global_optimizer_pre_hooks", optimizer_module),
-            ("Optimizer._step_supports_amp_scaling", optimizer),
+        for name, names in (
+            ("GradScaler._unscale_grads_", dir(GradScaler)),
+            ("GradScaler._per_optimizer_states", dir(GradScaler("cpu"))),
+            ("Optimizer._optimizer_step_pre_hooks", _set_by(torch.optim.Optimizer)),
+            ("optim.optimizer._global_optimizer_pre_hooks", dir(optimizer_module)),
+            ("Optimizer._step_supports_amp_scaling", _set_by(torch.optim.SGD)),
         )
-        if not hasattr(owner, name.rpartition(".")[2])
+        if name.rpartition(".")[2] not in names
     ]
     if moved:
         raise ImportError(

@@ -194,6 +194,19 @@ def test_a_torch_without_the_private_names_is_named(owner, name, monkeypatch):
     assert name in str(caught.value) and "2.6, 2.13 and 2.14" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch.optim.Optimizer, "_optimizer_step_pre_hooks"),
+        (torch.optim.SGD, "_step_supports_amp_scaling"),
+    ],
+)
+def test_a_torch_whose_optimizers_set_other_names_is_named(owner, name, monkeypatch):
+    monkeypatch.setattr(owner, "__init__", lambda self: None)
+    with pytest.raises(ImportError, match=name):
+        torch_private.require_names()
+
+
 def test_parameters_that_are_no_tensors(parameters):
     with pytest.raises(TypeError) as caught:
         unscale_and_clip_grad_norm_(make_scaler(), sgd(parameters), 1.0, parameters=[3])

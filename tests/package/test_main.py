@@ -78,6 +78,20 @@ def test_as_a_command():
     assert "All 9 checks passed." in result.stdout
 
 
+def test_the_import_is_small():
+    """Without torch's compiler and DTensors, which take seconds: a program may need neither."""
+    program = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import gradclip_ext\n"
+        "added = set(sys.modules) - before\n"
+        "heavy = {'torch._dynamo', 'torch.distributed.tensor'}\n"
+        "print('gradclip_ext.clipper' in added, added & heavy)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "True set()\n"), result.stderr
+
+
 def test_a_wrong_norm_fails_loudly(capsys, monkeypatch):
     right = gradclip_ext.clip_grad_norm_
     monkeypatch.setattr(gradclip_ext, "clip_grad_norm_", lambda *args: right(*args) * 1.001)
