@@ -8,7 +8,6 @@ found before the first gradient is written.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from gradclip_ext._ops.gradients import (
     refuse_unwritable,
     stored_values,
 )
-from gradclip_ext._ops.observation import observed
+from gradclip_ext._ops.observation import profiler_range
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def clip_grad_norm_(
     gradients = _writable(parameters, caller, foreach, norm_type)
     if not gradients.given:
         return torch.tensor(0.0, dtype=dtype)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norm, exact = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
         _clip(gradients, max_norm, exact, foreach)
     return norm
@@ -66,7 +65,7 @@ def get_total_norm(
         return torch.tensor(0.0, dtype=dtype)
     refuse_integers(given, names, caller.function)
     gradients = Gradients(given, names, norm_type)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norm, _ = _measured(gradients, norm_type, error_if_nonfinite, foreach, dtype)
     return norm
 
@@ -91,7 +90,7 @@ def clip_grads_with_norm_(
     if gradients.measured:
         # So that nothing is rounded to the norm's own dtype in between.
         norm = norm.to(torch.float64)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         _clip(gradients, max_norm, norm, foreach)
 
 
@@ -108,7 +107,7 @@ def clip_grad_value_(
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
                 gradient.copy_(gradient.coalesce())
         gradients = Gradients(given, names)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         gradients.clamp_(clip_value, foreach)
 
 
@@ -130,7 +129,7 @@ def grad_norms(
         if gradient is not None
     ]
     refuse_integers(given, names, caller.function)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         # As a whole, like get_total_norm: norms of parts do not combine for every norm_type.
         gradients = Gradients(given, names, norm_type)
         total = dtensor.whole(gradients.total_norm(norm_type, None, torch.float64)[0])
@@ -152,7 +151,7 @@ def measure(
     if not given:
         return torch.zeros((), dtype=torch.float64, device="cpu"), torch.float32
     refuse_integers(given, names, caller.function)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norm, _ = Gradients(given, names, norm_type).total_norm(norm_type, None, torch.float64)
     return dtensor.whole(norm), torch_ops.norm_dtype(given)
 
@@ -194,7 +193,7 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
     given = gradients.given
     if not given:
         return torch.tensor(0.0)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         _, norm = gradients.total_norm(2.0, None, torch.float64)
         # A tensor, because torch divides a number by multiplying it by a rounded reciprocal.
         radius = torch.full_like(norm, max_norm)
@@ -276,10 +275,3 @@ def _clip(
         gradients.bump_versions()
         return
     gradients.scale_(torch_ops.clip_coefficient(max_norm, norm), foreach)
-
-
-def _profiler_range(caller: Caller) -> contextlib.AbstractContextManager[Any]:
-    # The range consists of two operations, which a mode or a trace would see.
-    if observed():
-        return contextlib.nullcontext()
-    return torch.profiler.record_function(f"gradclip_ext::{caller.function}")

@@ -8,7 +8,6 @@ one more of their own size. The algebra is that of docs/distributed.md.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from gradclip_ext._ops.failures import (
     raise_unread,
 )
 from gradclip_ext._ops.gradients import Caller
-from gradclip_ext._ops.observation import observed
+from gradclip_ext._ops.observation import profiler_range
 from gradclip_ext._ops.process_groups import Group
 from gradclip_ext._ops.shares import Shares
 
@@ -80,7 +79,7 @@ def clip_grad_norm_(
         shares.fail(
             ValueError(f"{caller.function}: max_norm is on the meta device and has no value")
         )
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(
             shares,
             groups,
@@ -114,7 +113,7 @@ def get_total_norm(
     caller: Caller,
 ) -> Tensor:
     shares = Shares(tensors, False, groups, caller)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(
             shares,
             groups,
@@ -137,7 +136,7 @@ def grad_norms(
 ) -> tuple[Tensor, Tensor]:
     """The norm of all gradients and of each: 0-dim and 1-D, float64, on the first one's device."""
     shares = Shares(parameters, True, groups, caller)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(
             shares, groups, norm_type, dtype, sections=[len(parameters)], gives_each=True
         )
@@ -151,7 +150,7 @@ def measured(
 ) -> tuple[Tensor, torch.dtype]:
     """The norm of all gradients, 0-dim and float64, and the dtype that it is to be returned in."""
     shares = Shares(parameters, True, (), caller)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(shares, (), norm_type, None)
     norm = norms.totals[0]
     return norm.to(_device(shares, norm)), _result_dtype(shares, parameters)
@@ -161,7 +160,7 @@ def measured(
 def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tensor:
     """See :func:`gradclip_ext.grad_clipping`."""
     shares = Shares(parameters, True, (), caller)
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(shares, (), 2.0, None, writes=True)
         norm = norms.totals[0]
         radius = torch.full_like(norm, max_norm)
@@ -207,7 +206,7 @@ def global_norms(
         norms = shares.norms(norm_type, None, None, False)
         return shares.decayed_norms(norm_type, weight_decay) if weight_decay > 0.0 else norms
 
-    with _profiler_range(caller):
+    with profiler_range(caller.function):
         norms = measure(
             shares,
             groups,
@@ -385,9 +384,3 @@ def _result_dtype(shares: Shares, listed: Sequence[Any]) -> torch.dtype:
         tensor.dtype for tensor in listed if tensor.is_floating_point() or tensor.is_complex()
     }
     return torch_ops.promoted_dtype(found) if found else torch.float32
-
-
-def _profiler_range(caller: Caller) -> contextlib.AbstractContextManager[Any]:
-    if observed():
-        return contextlib.nullcontext()
-    return torch.profiler.record_function(f"gradclip_ext::{caller.function}")
