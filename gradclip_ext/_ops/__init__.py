@@ -327,7 +327,7 @@ def decayed_grad_norms(
     """
 
     def norm_of(gradient: Tensor) -> Tensor:
-        return fallback.norm_of_one(gradient, "gradient", norm_type)
+        return gradients.norm_of_one(gradient, "gradient", norm_type)
 
     norms = by_hand.decayed_grad_norms(parameters, norm_type, weight_decay, caller, norm_of)
     return norms or fallback.grad_norms(parameters, norm_type, caller)

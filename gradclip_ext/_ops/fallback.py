@@ -20,6 +20,7 @@ from gradclip_ext._ops import declined, dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
+    norm_of_one,
     read_each_grad,
     read_grads,
     read_tensors,
@@ -154,15 +155,6 @@ def measure(
     with profiler_range(caller.function):
         norm, _ = Gradients(given, names, norm_type).total_norm(norm_type, None, torch.float64)
     return dtensor.whole(norm), torch_ops.norm_dtype(given)
-
-
-def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
-    """The norm of one gradient as a plain 0-dim float64 tensor."""
-    gradients = Gradients([gradient], [name], norm_type)
-    if gradients.measured:
-        return gradients.total_norm(norm_type, None, torch.float64)[0]
-    # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
-    return dtensor.whole(torch_ops.tensor_norm(gradients.fallback[0], norm_type))
 
 
 @torch.no_grad()

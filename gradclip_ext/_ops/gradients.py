@@ -157,6 +157,15 @@ class Gradients:
                 torch.autograd.graph.increment_version(gradient)
 
 
+def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
+    """The norm of one gradient as a plain 0-dim float64 tensor."""
+    gradients = Gradients([gradient], [name], norm_type)
+    if gradients.measured:
+        return gradients.total_norm(norm_type, None, torch.float64)[0]
+    # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
+    return dtensor.whole(torch_ops.tensor_norm(gradients.fallback[0], norm_type))
+
+
 def read_tensors(tensors: Sequence[Any], caller: Caller) -> tuple[list[Tensor], list[str]]:
     """The tensors and the name of each."""
     names = []

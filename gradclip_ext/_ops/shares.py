@@ -14,6 +14,7 @@ from gradclip_ext._ops import dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
+    norm_of_one,
     refuse_integers,
     refuse_unwritable,
     require_storage,
@@ -391,12 +392,3 @@ def _order_among_references(mesh: Mesh) -> tuple[Any, ...]:
     """
     first = min(mesh.ranks)
     return len(mesh.ranks), mesh.key[1], sorted(rank - first for rank in mesh.ranks), mesh.key
-
-
-def norm_of_one(gradient: Tensor, name: str, norm_type: float) -> Tensor:
-    """The norm of one gradient that is no DTensor, as a 0-dim float64 tensor."""
-    gradients = Gradients([gradient], [name], norm_type)
-    if gradients.measured:
-        return gradients.total_norm(norm_type, None, torch.float64)[0]
-    # Not get_total_norm's, which is the norm of its norm: for order 0 that is 1, whatever it holds.
-    return torch_ops.tensor_norm(gradients.fallback[0], norm_type)
