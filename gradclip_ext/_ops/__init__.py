@@ -284,7 +284,7 @@ def scale_(parameters: Sequence[Any], coefficient: Scalar, caller: Caller) -> No
     """Multiply every gradient by a number, or by a 0-dim tensor without a device sync."""
     done = not compiling() and _C.scale_(parameters, coefficient) is not None
     if not done and are_distributed(parameters):
-        done = sharded.scale_native_(parameters, coefficient, caller) is not None
+        done = sharded.scale_native_(parameters, coefficient, caller)
     if not done:
         fallback.scale_(parameters, coefficient, caller)
 

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from gradclip_ext import _C
 from gradclip_ext._ops import torch_private
-from gradclip_ext._ops.exchange import INFINITY, Exchange
+from gradclip_ext._ops.exchange import NAN_BITS, Exchange
 from gradclip_ext._ops.meshes import Mesh
 from gradclip_ext._ops.shares import Share, Shares
 from gradclip_ext._ops.torch_ops import summed_dtype, tensor_norm
 
 __all__ = ["Algebra"]
-
-# What stands for NaN among the bits of magnitudes.
-_NAN = INFINITY + (1 << 51)
 
 
 class Algebra:
@@ -175,7 +172,7 @@ class Algebra:
             # A number of their own for NaN, whose sign and payload may be any.
             bits = (norms + 0.0).view(torch.int64)
             bits = bits if norm_type > 0.0 else -bits
-            return torch.where(norms.isnan(), _NAN, bits)
+            return torch.where(norms.isnan(), NAN_BITS, bits)
         if norm_type == 2.0:
             return norms * norms
         return norms if norm_type in (0.0, 1.0) else norms.pow(norm_type)
@@ -184,7 +181,7 @@ class Algebra:
         norm_type = self._norm_type
         if self.exchange.is_maximum:
             is_none = values == self.exchange.nothing(1)
-            bits = values if norm_type > 0.0 else torch.where(values == _NAN, values, -values)
+            bits = values if norm_type > 0.0 else torch.where(values == NAN_BITS, values, -values)
             return torch.where(is_none, 0.0, torch.where(is_none, 0, bits).view(torch.float64))
         if norm_type == 2.0:
             return values.sqrt()

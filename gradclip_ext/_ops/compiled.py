@@ -124,8 +124,7 @@ def project_(parameters: Sequence[Any], max_norm: float) -> Tensor | None:
         return None
     norm = _TOTAL_NORM(given, 2.0, torch.float64)
     radius = _in_tensor(max_norm, norm.device)
-    # A comparison, since a clamped quotient would be NaN for 0 / 0 and for a NaN norm.
-    _scale(given, torch.where(norm > radius, radius / norm, 1.0))
+    _scale(given, torch_ops.projection_coefficient(radius, norm))
     return norm.to(torch_ops.norm_dtype(given))  # type: ignore[no-any-return]
 
 

@@ -22,14 +22,15 @@ from gradclip_ext._ops.meshes import Dimension, Mesh
 from gradclip_ext._ops.observation import observed
 from gradclip_ext._ops.process_groups import Group
 
-__all__ = ["INFINITY", "PUBLICATIONS", "Exchange", "Flags", "host_knows"]
+__all__ = ["NAN_BITS", "PUBLICATIONS", "Exchange", "Flags", "host_knows"]
 
 _LEAST_LENGTH, _NEXT_LENGTH = 512, 8
 # How many texts of a rank are kept for the others.
 PUBLICATIONS = 16
 
-# The bits of an infinite float64; those of a positive NaN are larger.
-INFINITY = 0x7FF0000000000000
+# The bits of an infinite float64, and what stands for NaN, whose own bits may be others.
+_INFINITY_BITS = 0x7FF0000000000000
+NAN_BITS = _INFINITY_BITS + (1 << 51)
 # Smaller than what any number is encoded as.
 _NOTHING = -(2**63)
 
@@ -46,7 +47,6 @@ _MOST_MADE = 1000
 # and zeros up to the same length. So all find out where one rank sums and another maximizes: the
 # NaN spoils what is taken for squares, and a sum read as bits is larger than any signature.
 _SUMS = 4
-_NAN_BITS = INFINITY + (1 << 51)
 _FIRST_CARRIED = 3
 
 
@@ -198,7 +198,7 @@ class Exchange:
     def neutral(self, values: Tensor) -> Tensor:
         """What a copy contributes: nothing, or what is not finite about it."""
         if self.is_maximum:
-            return torch.where(values >= INFINITY, values, _NOTHING)
+            return torch.where(values >= _INFINITY_BITS, values, _NOTHING)
         # A zero has an infinite power if the order is negative.
         is_bad = values.isnan() if self._has_infinite_powers else values.isfinite().logical_not()
         return torch.zeros_like(values).masked_fill(is_bad, math.nan)
@@ -233,7 +233,7 @@ class Exchange:
             same_length = [0.0] * (2 * (_SUMS - len(told)))
             self._carried = self._made([0.0, *failed, *nonfinite, *same_length])
         if self.is_maximum:
-            numbers = [signature, -signature, float(_NAN_BITS)]
+            numbers = [signature, -signature, float(NAN_BITS)]
             return torch.cat([self._made(numbers), self._carried])
         return torch.cat([self._made([1.0, signature, signature * signature]), self._carried])
 

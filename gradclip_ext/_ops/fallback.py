@@ -187,10 +187,8 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
         return torch.tensor(0.0)
     with profiler_range(caller.function):
         _, norm = gradients.total_norm(2.0, None, torch.float64)
-        # A tensor, because torch divides a number by multiplying it by a rounded reciprocal.
         radius = torch.full_like(norm, max_norm)
-        # A comparison, since a clamped quotient would be NaN for 0 / 0 and for a NaN norm.
-        coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
+        coefficient = torch_ops.projection_coefficient(radius, norm)
         gradients.scale_(coefficient, None)
     return norm.to(torch_ops.norm_dtype(given))
 

@@ -61,6 +61,12 @@ class GlobalNorms(NamedTuple):
     failed: Tensor | None
     shares: Shares
 
+    def scale_(self, coefficient: Tensor, foreach: bool | None) -> None:
+        """Multiply what this rank holds, unless a rank has failed."""
+        if self.failed is not None:
+            coefficient = torch.where(self.failed, 1.0, coefficient)
+        self.shares.scale_(coefficient, foreach)
+
 
 @torch.no_grad()
 def clip_grad_norm_(
@@ -93,10 +99,7 @@ def clip_grad_norm_(
         if isinstance(max_norm, Tensor):
             max_norm = dtensor.whole(max_norm)
         if isinstance(max_norm, Tensor) or max_norm != math.inf:
-            coefficient = torch_ops.clip_coefficient(max_norm, norm)
-            if norms.failed is not None:
-                coefficient = torch.where(norms.failed, 1.0, coefficient)
-            shares.scale_(coefficient, foreach)
+            norms.scale_(torch_ops.clip_coefficient(max_norm, norm), foreach)
         else:
             shares.bump_versions(of_parts=True)
     return _returned(norm, shares, parameters, groups, dtype)
@@ -164,10 +167,7 @@ def project_(parameters: Sequence[Any], max_norm: float, caller: Caller) -> Tens
         norms = measure(shares, (), 2.0, None, writes=True)
         norm = norms.totals[0]
         radius = torch.full_like(norm, max_norm)
-        coefficient = torch.where(norm > radius, radius / norm, torch.ones_like(norm))
-        if norms.failed is not None:
-            coefficient = torch.where(norms.failed, 1.0, coefficient)
-        shares.scale_(coefficient, None)
+        norms.scale_(torch_ops.projection_coefficient(radius, norm), None)
     return _returned(norm, shares, parameters, (), None)
 
 
@@ -222,15 +222,13 @@ def global_norms(
 
 
 @torch.no_grad()
-def scale_native_(
-    parameters: Sequence[Any], coefficient: float | Tensor, caller: Caller
-) -> Shares | None:
-    """Multiply what this rank holds; None, with nothing changed, unless all of it is native."""
+def scale_native_(parameters: Sequence[Any], coefficient: float | Tensor, caller: Caller) -> bool:
+    """Multiply what this rank holds; False, with nothing changed, unless all of it is native."""
     shares = Shares(parameters, True, (), caller)
     if shares.error is not None or shares.is_outside or not shares.are_native():
-        return None
+        return False
     shares.scale_native_(coefficient)
-    return shares
+    return True
 
 
 @torch.no_grad()

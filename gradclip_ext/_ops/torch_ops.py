@@ -101,6 +101,15 @@ def clip_coefficient(max_norm: float | Tensor, norm: Tensor) -> Tensor:
     return torch.clamp(max_norm / (norm + NORM_EPSILON), max=1.0)
 
 
+def projection_coefficient(radius: Tensor, norm: Tensor) -> Tensor:
+    """``min(1, radius / norm)``; 1 where both are 0, or the norm is NaN.
+
+    The radius is a tensor, because torch divides a number by multiplying it by a rounded
+    reciprocal; and it is compared, since a clamped quotient would be NaN for 0 / 0 and a NaN norm.
+    """
+    return torch.where(norm > radius, radius / norm, torch.ones_like(norm))
+
+
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, foreach: bool | None) -> None:
     """Multiply every tensor in place by a 0-dim tensor on any device, without a device sync."""
     for device, group, multi_tensor in _groups(tensors, foreach):
