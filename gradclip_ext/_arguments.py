@@ -386,32 +386,3 @@ def _setting(
     if not accepts(number):
         raise ValueError(f"{function}: {argument} has to be {expected}, found {value}")
     return number
-
-
-def nonfinite_error(
-    norm_type: float, gradients: Sequence[Tensor], names: Sequence[str]
-) -> RuntimeError:
-    """Torch's error for a non-finite norm, and the first gradient that is to blame."""
-    message = (
-        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so "
-        "it cannot be clipped. To disable this error and scale the gradients by the non-finite "
-        "norm anyway, set `error_if_nonfinite=False`"
-    )
-    culprits = [
-        f"{name} of shape {tuple(gradient.shape)}"
-        for name, gradient in zip(names, gradients, strict=True)
-        if not _is_finite(gradient)
-    ]
-    if culprits:
-        message += (
-            f". The first of {len(culprits)} non-finite gradients (out of {len(gradients)}) "
-            f"is that of {culprits[0]}."
-        )
-    else:
-        message += f". All {len(gradients)} gradients are finite, but their norm is not."
-    return RuntimeError(message)
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
-    return bool(torch.isfinite(values).all())

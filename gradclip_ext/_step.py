@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments, _ops
+from gradclip_ext import _ops
 from gradclip_ext._ops import Scalar
 from gradclip_ext._rules import Group, require_limit
 from gradclip_ext._settings import Settings
@@ -334,7 +334,7 @@ class Step:
             for name, parameter in zip(group.names, group.parameters, strict=True)
             if parameter.grad is not None
         ]
-        return _arguments.nonfinite_error(
+        return _ops.nonfinite_error(
             self._settings.norm_type, [grad for _, grad in pairs], [name for name, _ in pairs]
         )
 

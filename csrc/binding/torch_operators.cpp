@@ -80,7 +80,7 @@ std::string shape_of(const at::Tensor& tensor) {
   return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
-// The text of nonfinite_error in gradclip_ext/_arguments.py.
+// The text of nonfinite_error in gradclip_ext/_ops/gradients.py.
 std::string nonfinite_text(at::TensorList tensors, double norm_type,
                            at::ArrayRef<std::string> names) {
   const std::string order = norm_type == INFINITY ? "inf" : norm_type == 1.0 ? "1.0" : "2.0";

@@ -27,7 +27,13 @@ from gradclip_ext._ops.declined import start_watching, stop_watching
 from gradclip_ext._ops.dtensor import any_in as are_distributed
 from gradclip_ext._ops.dtensor import is_dtensor as is_distributed
 from gradclip_ext._ops.failures import raise_unread
-from gradclip_ext._ops.gradients import SMALLEST_FLOAT32_COEFFICIENT, Caller
+from gradclip_ext._ops.gradients import (
+    SMALLEST_FLOAT32_COEFFICIENT,
+    Caller,
+    are_complex,
+    have_float64,
+    nonfinite_error,
+)
 from gradclip_ext._ops.observation import compiling
 from gradclip_ext._ops.process_groups import Group, ShardGroup, read_process_groups
 from gradclip_ext._ops.scalars import (
@@ -81,6 +87,7 @@ __all__ = [
     "minimum",
     "native_grad_norms",
     "native_grad_norms_of_each",
+    "nonfinite_error",
     "norm_coefficient",
     "outside_graphs",
     "product",
@@ -124,7 +131,7 @@ def clip_grad_norm_(
         native = compiled if compiling() else _C
         try:
             norm: Tensor | None = native.clip_grad_norm_(
-                parameters, max_norm, norm_type, bool(error_if_nonfinite), dtype
+                parameters, max_norm, norm_type, error_if_nonfinite, dtype
             )
         except Exception as error:
             # What a `grad` property has raised.
@@ -153,8 +160,7 @@ def get_total_norm(
     """See :func:`gradclip_ext.get_total_norm`."""
     if not groups:
         native = compiled if compiling() else _C
-        error = bool(error_if_nonfinite)
-        norm: Tensor | None = native.get_total_norm(tensors, norm_type, error, dtype)
+        norm: Tensor | None = native.get_total_norm(tensors, norm_type, error_if_nonfinite, dtype)
         if norm is not None:
             return norm
     if groups or are_distributed(tensors):
@@ -384,20 +390,6 @@ def refuse_meta(groups: Sequence[Sequence[Any]], names: Sequence[str]) -> None:
 def holds_twice(parameters: Sequence[Any]) -> bool:
     """Whether an object is listed more than once."""
     return _C.holds_twice(parameters)
-
-
-def have_float64(parameters: Sequence[Any]) -> bool:
-    """Whether any gradient is float64, the squares of whose finite elements may overflow.
-
-    Where there is none, another rank may have one, of the parameter's dtype.
-    """
-    wide = (torch.float64, torch.complex128)
-    return any((p if p.grad is None else p.grad).dtype in wide for p in parameters)
-
-
-def are_complex(parameters: Sequence[Any]) -> bool:
-    """Whether any gradient is complex, and so has no elements to limit."""
-    return any(p.grad is not None and p.grad.is_complex() for p in parameters)
 
 
 def _known_max_norm(max_norm: Scalar) -> Scalar:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradclip_ext import _C
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import torch_distributed
 from gradclip_ext._ops.exchange import NAN_BITS, Exchange
 from gradclip_ext._ops.meshes import Mesh
 from gradclip_ext._ops.shares import Share, Shares
@@ -139,7 +139,7 @@ class Algebra:
             home = flat.device
             flat = flat.to(self.exchange.device)
             for dimension in shares[0].partial_dimensions:
-                flat = torch_private.all_reduce(flat, "sum", dimension.group)
+                flat = torch_distributed.all_reduce(flat, "sum", dimension.group)
             split = torch.split(flat.to(home), [tensors[place].numel() for place in places])
             parts = [part * factors[place] for place, part in zip(places, split, strict=True)]
             native = _C.tensor_norms(parts, self._norm_type, torch.float64)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import torch_distributed
 from gradclip_ext._ops.observation import compiling
 
 __all__ = [
@@ -153,4 +153,4 @@ def unit_obstacle(parameter: Any, gradient: Any) -> str | None:
 
 def local(tensor: Any) -> Tensor:
     """What this rank holds of a DTensor; any other tensor is returned as it is."""
-    return torch_private.local_tensor(tensor) if is_dtensor(tensor) else cast(Tensor, tensor)
+    return torch_distributed.local_tensor(tensor) if is_dtensor(tensor) else cast(Tensor, tensor)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import torch_distributed
 from gradclip_ext._ops.meshes import Dimension, Mesh
 from gradclip_ext._ops.observation import observed
 from gradclip_ext._ops.process_groups import Group
@@ -220,7 +220,7 @@ class Exchange:
         padding = self.nothing(padded - length)
         operation = "max" if self.is_maximum else "sum"
         vector = torch.cat([*parts, padding, self._tail(float(signature))])
-        reduced = torch_private.all_reduce(vector, operation, group)
+        reduced = torch_distributed.all_reduce(vector, operation, group)
         self._read_tail(reduced[padded:])
         return reduced[:length]
 

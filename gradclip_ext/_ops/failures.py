@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import torch_distributed
 from gradclip_ext._ops.exchange import PUBLICATIONS, Exchange, Flags
+from gradclip_ext._ops.gradients import nonfinite_error
 from gradclip_ext._ops.shares import Shares
 
 __all__ = ["nonfinite_everywhere", "nonfinite_here", "publish", "raise_if_failed", "raise_unread"]
@@ -68,7 +68,7 @@ def raise_unread(function: str) -> None:
 
 def _read_later(exchange: Exchange, tail: Tensor) -> None:
     # A fake tensor has no numbers, and a captured graph would copy them each time it is replayed.
-    if type(tail) is not Tensor or torch_private.is_capturing(tail.device):
+    if type(tail) is not Tensor or torch_distributed.is_capturing(tail.device):
         return
     if tail.device.type == "cpu":
         _unread.append(_Unread(exchange, tail, None))
@@ -82,7 +82,7 @@ def _read_later(exchange: Exchange, tail: Tensor) -> None:
 
 def _raise(flags: Flags, function: str) -> None:
     if flags.failed:
-        who, text = "several ranks", torch_private.published(_LAST)
+        who, text = "several ranks", torch_distributed.published(_LAST)
         if flags.failed_rank is not None:
             who, text = f"rank {flags.failed_rank[0]}", _published(*flags.failed_rank)
         raise RuntimeError(
@@ -116,15 +116,15 @@ def nonfinite_everywhere(exchange: Exchange, shares: Shares, norm_type: float) -
 def nonfinite_here(shares: Shares, norm_type: float) -> str:
     """The same as a text, of what this rank holds."""
     names = [shares.name(place) for share in shares.shares for place in share.places]
-    return str(_arguments.nonfinite_error(norm_type, shares.tensors, names))
+    return str(nonfinite_error(norm_type, shares.tensors, names))
 
 
 def publish(exchange: Exchange, text: str) -> None:
     """Leave a text for other ranks, which learn in the exchange where they find it."""
     exchange.publication = next(_numbers) % PUBLICATIONS
-    torch_private.publish(f"gradclip_ext/{exchange.rank}/{exchange.publication}", text)
-    torch_private.publish(_LAST, f"{text} (on rank {exchange.rank})")
+    torch_distributed.publish(f"gradclip_ext/{exchange.rank}/{exchange.publication}", text)
+    torch_distributed.publish(_LAST, f"{text} (on rank {exchange.rank})")
 
 
 def _published(rank: int, number: int) -> str | None:
-    return torch_private.published(f"gradclip_ext/{rank}/{number}")
+    return torch_distributed.published(f"gradclip_ext/{rank}/{number}")

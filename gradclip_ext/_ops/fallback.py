@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip_ext import _arguments
 from gradclip_ext._ops import declined, dtensor, torch_ops
 from gradclip_ext._ops.gradients import (
     Caller,
     Gradients,
+    nonfinite_error,
     norm_of_one,
     read_each_grad,
     read_grads,
@@ -254,7 +254,7 @@ def _measured(
 ) -> tuple[Tensor, Tensor]:
     norm, exact = gradients.total_norm(norm_type, foreach, dtype)
     if error_if_nonfinite and torch.logical_or(exact.isnan(), exact.isinf()):
-        raise _arguments.nonfinite_error(norm_type, gradients.given, gradients.names)
+        raise nonfinite_error(norm_type, gradients.given, gradients.names)
     return norm, exact
 
 

@@ -328,6 +328,49 @@ def overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
+def have_float64(parameters: Sequence[Any]) -> bool:
+    """Whether any gradient is float64, the squares of whose finite elements may overflow.
+
+    Where there is none, another rank may have one, of the parameter's dtype.
+    """
+    wide = (torch.float64, torch.complex128)
+    return any((p if p.grad is None else p.grad).dtype in wide for p in parameters)
+
+
+def are_complex(parameters: Sequence[Any]) -> bool:
+    """Whether any gradient is complex, and so has no elements to limit."""
+    return any(p.grad is not None and p.grad.is_complex() for p in parameters)
+
+
+def nonfinite_error(
+    norm_type: float, gradients: Sequence[Tensor], names: Sequence[str]
+) -> RuntimeError:
+    """Torch's error for a non-finite norm, and the first gradient that is to blame."""
+    message = (
+        f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so "
+        "it cannot be clipped. To disable this error and scale the gradients by the non-finite "
+        "norm anyway, set `error_if_nonfinite=False`"
+    )
+    culprits = [
+        f"{name} of shape {tuple(gradient.shape)}"
+        for name, gradient in zip(names, gradients, strict=True)
+        if not _is_finite(gradient)
+    ]
+    if culprits:
+        message += (
+            f". The first of {len(culprits)} non-finite gradients (out of {len(gradients)}) "
+            f"is that of {culprits[0]}."
+        )
+    else:
+        message += f". All {len(gradients)} gradients are finite, but their norm is not."
+    return RuntimeError(message)
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
+    return bool(torch.isfinite(values).all())
+
+
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     groups: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gradclip_ext._ops import torch_private
+from gradclip_ext._ops import torch_distributed, torch_private
 
 if TYPE_CHECKING:
     # Of torch as it may be built without them.
@@ -78,7 +78,7 @@ def _read(mesh: DeviceMesh) -> Mesh:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return Mesh((), (), ranks, mesh.device_type, False)
-    root = torch_private.root_mesh_ranks(mesh)
+    root = torch_distributed.root_mesh_ranks(mesh)
     dimensions: list[Dimension | None] = []
     for place, size in enumerate(mesh.mesh.shape):
         own: list[Any] = list(coordinate)

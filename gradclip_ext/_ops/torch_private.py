@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "DeviceContext",
     "UnscaleGrads",
-    "all_reduce",
     "called_while_tracing",
     "declares_to_read_flags",
     "device_has_foreach_support",
@@ -36,24 +35,19 @@ __all__ = [
     "has_foreach_support",
     "has_step_pre_hooks",
     "has_torch_step",
-    "is_capturing",
     "is_exporting",
     "is_implemented",
     "is_in_transform",
     "is_wrapped",
     "is_zero_tensor",
-    "local_tensor",
     "looks_at_flags_itself",
     "negated",
     "parts",
-    "publish",
-    "published",
     "reads_flags",
     "refuse_float16",
     "replaces_step",
     "replaces_unscaling",
     "require_names",
-    "root_mesh_ranks",
     "stored_values",
     "unobserved",
     "unscale_with",
@@ -317,61 +311,6 @@ def _steps(function: Any, optimizer: Any) -> bool:
 def has_step_pre_hooks(optimizer: Any) -> bool:
     """Whether a hook is called before a step, one of the optimizer or one of all optimizers."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer_module._global_optimizer_pre_hooks)
-
-
-def all_reduce(tensor: Tensor, operation: str, group: Any) -> Tensor:
-    """The tensor, reduced over a process group by "sum" or "max", in new memory.
-
-    A functional collective: what counts communication sees it, and a fake tensor passes through.
-    """
-    from torch.distributed import _functional_collectives as collectives
-
-    reduced = collectives.all_reduce(tensor, operation, group)
-    return reduced.wait() if isinstance(reduced, collectives.AsyncCollectiveTensor) else reduced
-
-
-def local_tensor(tensor: Any) -> Tensor:
-    """What this rank holds of a DTensor; it waits for a collective that is still to give it."""
-    local = tensor._local_tensor
-    return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]
-
-
-def root_mesh_ranks(mesh: Any) -> tuple[int, ...]:
-    """The ranks of the mesh that a mesh was sliced from, which is the mesh itself for most."""
-    if hasattr(mesh, "_get_root_mesh"):
-        root = mesh._get_root_mesh()
-    else:
-        # Up to torch 2.8.
-        from torch.distributed.device_mesh import _mesh_resources
-
-        root = _mesh_resources.get_root_mesh(mesh)
-    return tuple(root.mesh.flatten().tolist())
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is done on the device's current stream is captured in a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def publish(key: str, text: str) -> None:
-    """Leave a text for other ranks, where the ranks first met."""
-    with contextlib.suppress(Exception):
-        _default_store().set(key, text)
-
-
-def published(key: str) -> str | None:
-    """What another rank has left; None if it has left nothing, or there is no such place."""
-    with contextlib.suppress(Exception):
-        store = _default_store()
-        if store.check([key]):
-            return str(store.get(key).decode())
-    return None
-
-
-def _default_store() -> Any:
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._get_default_store()
 
 
 def _set_by(cls: type) -> tuple[str, ...]:

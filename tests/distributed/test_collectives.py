@@ -81,22 +81,22 @@ def count_none(name: str) -> Any:
 
 def unwatched(name: str) -> Any:
     """As many calls of the process group's collective as a mode counts."""
-    from gradclip_ext._ops import torch_private
+    from gradclip_ext._ops import torch_distributed
 
     calls = []
-    reduce = torch_private.all_reduce
+    reduce = torch_distributed.all_reduce
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments)
         return reduce(*arguments)
 
-    torch_private.all_reduce = counted
+    torch_distributed.all_reduce = counted
     try:
         entries = mixes.MIXES[name]
         parameters = mixes.parameters_of(entries, mixes.whole_gradients(entries))
         gradclip_ext.clip_grad_norm_(parameters, 1.0)
     finally:
-        torch_private.all_reduce = reduce
+        torch_distributed.all_reduce = reduce
     return len(calls)
 
 
