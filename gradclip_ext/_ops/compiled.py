@@ -22,6 +22,11 @@ from torch.torch_version import TorchVersion
 # Loads the library that registers the operators.
 from gradclip_ext import _C  # noqa: F401
 from gradclip_ext._ops import torch_ops, torch_private
+from gradclip_ext._ops.gradients import (
+    NATIVE_COMPLEX_DTYPES,
+    NATIVE_NORM_TYPES,
+    NATIVE_REAL_DTYPES,
+)
 from gradclip_ext._ops.observation import compiling
 
 __all__ = [
@@ -40,8 +45,6 @@ _FINITE_TOTAL_NORM_ = torch.ops.gradclip_ext.finite_total_norm_.default
 _SCALE_ = torch.ops.gradclip_ext.scale_.default
 _CLAMP_ = torch.ops.gradclip_ext.clamp_.default
 
-_REAL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 _DEVICE_TYPES = tuple(
     name for name in ("cpu", "cuda") if torch_private.is_implemented(_SCALE_, name)
 )
@@ -172,9 +175,9 @@ def _are_native(tensors: Sequence[Any], norm_type: float, accept_complex: bool =
     """Whether the operators take all of these."""
     if torch_private.is_exporting() or torch_private.is_in_transform():
         return False
-    if len(tensors) == 0 or norm_type not in (1.0, 2.0, math.inf):
+    if len(tensors) == 0 or norm_type not in NATIVE_NORM_TYPES:
         return False
-    dtypes = _REAL_DTYPES + _COMPLEX_DTYPES if accept_complex else _REAL_DTYPES
+    dtypes = NATIVE_REAL_DTYPES + NATIVE_COMPLEX_DTYPES if accept_complex else NATIVE_REAL_DTYPES
     return all(
         type(tensor) in (Tensor, Parameter)
         and tensor.layout == torch.strided

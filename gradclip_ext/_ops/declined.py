@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip_ext import _C
-from gradclip_ext._ops.gradients import NATIVE_NORM_TYPES
+from gradclip_ext._ops.gradients import (
+    NATIVE_COMPLEX_DTYPES,
+    NATIVE_NORM_TYPES,
+    NATIVE_REAL_DTYPES,
+)
 from gradclip_ext._ops.observation import compiling, observed
 
 __all__ = ["note_gradients", "note_tensors", "start_watching", "stop_watching"]
-
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_NATIVE_COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 
 
 class _Thread(threading.local):
@@ -94,9 +95,9 @@ def _reason_of_one(tensor: Any, norm_type: float) -> str | None:
         return f"type {type(tensor).__name__}"
     if tensor.layout != torch.strided:
         return f"layout {_short(tensor.layout)}"
-    if tensor.dtype in _NATIVE_COMPLEX_DTYPES and norm_type != 2.0:
+    if tensor.dtype in NATIVE_COMPLEX_DTYPES and norm_type != 2.0:
         return f"dtype {_short(tensor.dtype)} with norm_type {norm_type:g}"
-    if tensor.dtype not in _NATIVE_DTYPES + _NATIVE_COMPLEX_DTYPES:
+    if tensor.dtype not in NATIVE_REAL_DTYPES + NATIVE_COMPLEX_DTYPES:
         return f"dtype {_short(tensor.dtype)}"
     if not _C.is_native(tensor):
         if tensor.device.type != "cpu":

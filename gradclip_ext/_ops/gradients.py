@@ -18,6 +18,9 @@ from gradclip_ext._ops import dtensor, memory, torch_ops, torch_private
 from gradclip_ext._ops.observation import compiling, observed
 
 NATIVE_NORM_TYPES = (1.0, 2.0, float("inf"))
+NATIVE_REAL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# For the L2 norm and for scaling.
+NATIVE_COMPLEX_DTYPES = (torch.complex64, torch.complex128)
 
 # As in csrc/core/norm.h: a smaller one would lose bits in float32, or underflow to 0.
 SMALLEST_FLOAT32_COEFFICIENT = 2.0**-100
