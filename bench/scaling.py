@@ -49,6 +49,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from report import RESULTS_FOLDER, Table, save
 
+from gradclip_ext._ops.exchange import padded_length
+
 RANKS = (8, 64, 512, 4096, 16384)
 PARAMETERS = (100, 500, 5000, 50000)
 LAYOUTS = ("fsdp", "hsdp", "3d", "3d+ep")
@@ -126,6 +128,11 @@ def wire(ranks: Ranks, size: float, constants: dict[str, float]) -> float:
     return constants["base"] + 2 * hops + 2 * size / constants["bandwidth"]
 
 
+def vector(numbers: int) -> int:
+    """The bytes of a vector of ours for so many norms."""
+    return FLOAT64 * (padded_length(numbers) + TAIL)
+
+
 def collectives(way: str, layout: Layout, parameters: int) -> list[tuple[Ranks, float]] | None:
     """Over which ranks a call reduces how many bytes; None where it cannot do it."""
     several = [dimension for mesh in layout.meshes for dimension in mesh]
@@ -135,11 +142,11 @@ def collectives(way: str, layout: Layout, parameters: int) -> list[tuple[Ranks, 
         found = [
             (
                 dimension,
-                FLOAT64 * (TAIL + norms * sum(dimension in mesh for mesh in layout.meshes)),
+                vector(norms * sum(dimension in mesh for mesh in layout.meshes)),
             )
             for dimension in dict.fromkeys([*several, *layout.copies])
         ]
-        found += [(group, FLOAT64 * (TAIL + 1)) for group in layout.stages]
+        found += [(group, vector(1)) for group in layout.stages]
     elif way == TITAN:
         found = [(dimension, FLOAT32) for dimension in [*several, *layout.stages]]
     elif len(layout.meshes) > 1 or any(group.count > 1 for group in layout.stages):

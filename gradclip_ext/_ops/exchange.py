@@ -22,7 +22,7 @@ from gradclip_ext._ops.meshes import Dimension, Mesh
 from gradclip_ext._ops.observation import observed
 from gradclip_ext._ops.process_groups import Group
 
-__all__ = ["NAN_BITS", "PUBLICATIONS", "Exchange", "Flags", "host_knows"]
+__all__ = ["NAN_BITS", "PUBLICATIONS", "Exchange", "Flags", "host_knows", "padded_length"]
 
 _LEAST_LENGTH, _NEXT_LENGTH = 512, 8
 # How many texts of a rank are kept for the others.
@@ -212,11 +212,7 @@ class Exchange:
     def _reduce(self, parts: list[Tensor], group: Any, told: object) -> Tensor:
         signature = zlib.crc32(repr((self._norm_type, told)).encode()) & 0xFFFF
         length = sum(part.numel() for part in parts)
-        # Of a length that most lists share: where they differ, the signature tells, while a
-        # collective of different lengths would hang or end the process.
-        padded = _LEAST_LENGTH
-        while padded < length:
-            padded *= _NEXT_LENGTH
+        padded = padded_length(length)
         padding = self.nothing(padded - length)
         operation = "max" if self.is_maximum else "sum"
         vector = torch.cat([*parts, padding, self._tail(float(signature))])
@@ -277,6 +273,18 @@ class Exchange:
             failed = told[0]
             ranks = (_single(*told[:_SUMS]), _single(*told[_SUMS:])) if is_known else (None, None)
         return Flags(disagrees | (found > 0), failed > 0, *ranks, is_known)
+
+
+def padded_length(length: int) -> int:
+    """How many numbers travel for so many, one that most lists share.
+
+    Where they differ, the signature tells, while a collective of different lengths would hang or
+    end the process.
+    """
+    padded = _LEAST_LENGTH
+    while padded < length:
+        padded *= _NEXT_LENGTH
+    return padded
 
 
 def host_knows(tensor: Tensor) -> bool:
